@@ -1,0 +1,38 @@
+"""What may be subtracted from a return without moving the expected gradient: anything that does not see the action."""
+
+from torch import Tensor
+
+from rlhf_lessons.masking import check_same_shape
+
+
+def leave_one_out_baseline(returns: Tensor) -> Tensor:
+    """For each of K samples of a prompt, the mean return of the other K − 1.
+
+        b_k = (1/(K−1)) Σ_{j≠k} R_j                                                                     (Eq. 4.2)
+
+    returns (B, K), K ≥ 2 -> (B, K). Sample k's own action does not enter b_k, so the gradient stays unbiased; the mean
+    over all K would see it. Raises ValueError for K < 2.
+    Source: Kool, van Hoof & Welling 2019, "Buy 4 REINFORCE samples, get a baseline for free!".
+    """
+    if returns.ndim != 2 or returns.shape[1] < 2:
+        raise ValueError(f"returns must be (B, K) with K >= 2 samples a prompt; got shape {tuple(returns.shape)}")
+    return (returns.sum(dim=1, keepdim=True) - returns) / (returns.shape[1] - 1)
+
+
+def optimal_baseline(score_norms_sq: Tensor, returns: Tensor) -> Tensor:
+    """The constant that minimises the total variance of (R − b)·∇log P(τ).
+
+        b* = E[‖∇log P‖² R] / E[‖∇log P‖²]                                                              (Eq. 4.3)
+
+    score_norms_sq ‖∇log P(τ)‖² (N,), returns (N,) -> (). Returns weighted by how far each sample moves θ. Estimated from
+    the same samples it is meant for, it sees their actions: a small bias. Raises ValueError for other shapes or
+    when every norm is zero.
+    Source: Greensmith, Bartlett & Baxter 2004, "Variance reduction techniques for gradient estimates in RL".
+    """
+    check_same_shape(score_norms_sq=score_norms_sq, returns=returns)
+    if returns.ndim != 1:
+        raise ValueError(f"returns must be (N,); got shape {tuple(returns.shape)}")
+    total = score_norms_sq.sum()
+    if total.device.type == "cpu" and total == 0:
+        raise ValueError("score_norms_sq must have a positive entry; all are 0")
+    return (score_norms_sq * returns).sum() / total

@@ -1,0 +1,46 @@
+"""Samples from one policy, expectations under another: ratios, weighted means and what they cost."""
+
+import torch
+from torch import Tensor
+
+from rlhf_lessons.masking import check_same_shape
+
+
+def importance_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
+    """How much more likely the new policy makes what the old one sampled.
+
+        ρ_t = π(a_t|s_t) / π_old(a_t|s_t) = exp(log π − log π_old)                                      (Eq. 6.1)
+
+    log_probs, old_log_probs of one shape -> that shape. Per token it leaves out the ratio of the states' probabilities:
+    the whole sequence's weight is the product of its ratios. Raises ValueError when the shapes disagree.
+    Source: Schulman et al. 2017, "Proximal policy optimization algorithms", §2.1.
+    """
+    check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs)
+    return (log_probs - old_log_probs).exp()
+
+
+def importance_mean(f: Tensor, weights: Tensor, *, self_normalized: bool = False) -> Tensor:
+    """Mean of f under p, from samples of q, with weights w = p/q.
+
+        E_p[f] ≈ (1/N) Σ_i w_i f_i,   or self-normalised   Σ_i w_i f_i / Σ_i w_i                        (Eq. 6.2)
+
+    f, weights (N,) -> (). The first is unbiased where q > 0 wherever p·f ≠ 0; the second is biased but consistent, works
+    with unnormalised weights and never leaves the range of f. Raises ValueError when the shapes disagree.
+    Source: Owen 2013, "Monte Carlo theory, methods and examples", ch. 9.
+    """
+    check_same_shape(f=f, weights=weights)
+    return (weights * f).sum() / (weights.sum() if self_normalized else f.numel())
+
+
+def effective_sample_size(weights: Tensor) -> Tensor:
+    """How many equally weighted samples the weighted ones are worth.
+
+        N_eff = (Σ_i w_i)² / Σ_i w_i²                                                                   (Eq. 6.3)
+
+    weights (N,), not negative -> (), between 1 and N. Raises ValueError when none is positive.
+    Source: Kong 1992, "A note on importance sampling using standardized weights".
+    """
+    if weights.device.type == "cpu" and not (torch.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise ValueError("weights must be finite, not negative and not all 0")
+    scaled = weights / weights.max()  # the ratio does not depend on the scale, but squares of huge weights overflow
+    return scaled.sum().square() / scaled.square().sum()

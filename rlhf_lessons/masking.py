@@ -1,0 +1,74 @@
+"""Means, variances and whitening over the real tokens of a batch, and the checks of shape that every estimator shares.
+
+The meaning of a mask is stated here once and is the same in every module. `mask` is a bool tensor shaped like the
+values it goes with, True on real steps. Where it is False the output is 0, and whatever stood there (NaN too) changes
+neither the result nor any gradient.
+"""
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-8  # under the root in whitening: a constant batch whitens to zeros, not to NaN
+
+
+def check_same_shape(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all given tensors have the shape of the first; None stands for an absent one."""
+    given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    first_name, first = given[0]
+    for name, tensor in given[1:]:
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f"{name} must have the shape of {first_name}, {tuple(first.shape)}; got {tuple(tensor.shape)}"
+            )
+
+
+def real_steps(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask as given, or one that is True everywhere; a row without a real step raises ValueError.
+
+    Reading the mask's values would stop a GPU's queue, so there only its shape and dtype are checked.
+    """
+    if mask is None:
+        return torch.ones_like(x, dtype=torch.bool)
+    check_same_shape(x=x, mask=mask)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be a bool tensor; got {mask.dtype}")
+    if mask.device.type == "cpu" and mask.ndim > 0:
+        empty = ~mask.any(dim=-1)
+        if empty.any():
+            row = int(empty.flatten().nonzero()[0])
+            raise ValueError(f"mask must have a real step (True) in every row; row {row} has none")
+    return mask
+
+
+def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over the real tokens of the whole batch: Σ x·m / Σ m. x, mask: same shape. Returns a scalar."""
+    mask = real_steps(x, mask)
+    return torch.where(mask, x, 0).sum() / mask.sum()
+
+
+def masked_var(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Biased variance over the real tokens: mean of (x − mean)², without Bessel's correction. Returns a scalar."""
+    mask = real_steps(x, mask)
+    return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+
+def masked_whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True) -> Tensor:
+    """Scale to variance 1 over the real tokens and, with shift_mean, shift to mean 0.
+
+        x̂ = (x − mean) / √(var + ε),  plus mean if not shift_mean                                       (Eq. 7.7)
+
+    x, mask: same shape; returns that shape, 0 where mask is False. ε = 1e-8.
+    Source: Ziegler et al. 2019, "Fine-tuning language models from human preferences", released code, core.py.
+    """
+    mask = real_steps(x, mask)
+    mean = masked_mean(x, mask)
+    white = (x - mean) * torch.rsqrt(masked_var(x, mask) + EPSILON)
+    return torch.where(mask, white if shift_mean else white + mean, 0)
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Position of each token counted from its row's first real one, so that left padding shifts nothing.
+
+        position_t = max(0, Σ_{s≤t} m_s − 1);   attention_mask (B, L), 1 on real tokens -> (B, L) long.
+    """
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)

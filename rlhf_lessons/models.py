@@ -1,0 +1,267 @@
+"""The models of RLHF as wrappers around Hugging Face ones: a policy with a value head, and a reward model.
+
+The only place that touches transformers' model classes. They are imported inside the functions, since that import takes
+seconds and `--help` should not. Checkpoints are safetensors files; code that comes with a checkpoint is never run.
+"""
+
+import copy
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlhf_lessons.masking import position_ids
+from rlhf_lessons.policy_gradient import full_precision
+
+VALUE_HEAD_FILE = "value_head.safetensors"  # keys: weight (1, H), bias (1,)
+CRITIC_FOLDER = "critic"  # a separate critic's trunk, itself a Hugging Face checkpoint
+
+
+class LogitsAndValues(NamedTuple):
+    """What the policy with a value head says of each kept position."""
+
+    logits: Tensor  # (B, L, V)
+    values: Tensor  # (B, L)
+
+
+def position_arguments(model: nn.Module, attention_mask: Tensor, new_tokens: int | None = None) -> dict[str, Tensor]:
+    """The argument that makes left padding harmless, for models that take it (ALiBi models have no position ids).
+
+    attention_mask (B, L) covers all tokens so far; with `new_tokens` only that many last positions are returned.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    positions = position_ids(attention_mask)
+    return {"position_ids": positions if new_tokens is None else positions[:, -new_tokens:]}
+
+
+def causal_lm_logits(lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, logits_to_keep: int = 0) -> Tensor:
+    """Logits (B, K, V) of the last K = logits_to_keep positions, or of all (0), of a plain language model."""
+    return lm(
+        input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep, use_cache=False,
+        **position_arguments(lm, attention_mask),
+    ).logits
+
+
+class CausalLMWithValueHead(nn.Module):
+    """A causal language model and, on its last hidden state, one linear output: the critic.
+
+        V(s_t) = w·h_t + b                                                                              (Eq. 9.1)
+
+    critic="shared": h_t is the policy's own last hidden state, so policy and critic train one trunk;
+    critic="separate": h_t comes from a second trunk that starts as a copy. w and b start at 0, so that the first
+    advantages are the rewards alone. Raises ValueError for another `critic`.
+    Source: Ziegler et al. 2019 (shared); Ouyang et al. 2022, §3.5 (separate).
+    """
+
+    def __init__(self, lm: nn.Module, *, critic: str = "shared") -> None:
+        super().__init__()
+        if critic not in ("shared", "separate"):
+            raise ValueError(f'critic must be "shared" or "separate"; got {critic!r}')
+        if lm.get_output_embeddings() is None:
+            raise ValueError(f"lm must have a language-model head; {type(lm).__name__} has none")
+        self.lm = lm
+        self.critic = copy.deepcopy(lm.base_model) if critic == "separate" else None
+        self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1)
+        self.value_head.to(dtype=next(lm.parameters()).dtype)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    @property
+    def config(self):
+        """The language model's configuration."""
+        return self.lm.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *, logits_to_keep: int = 0) -> LogitsAndValues:
+        """Logits (B, K, V) and values (B, K) of the last K = logits_to_keep positions, or of all (0).
+
+        input_ids, attention_mask: (B, L), padded on either side.
+        """
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        inputs |= position_arguments(self.lm, attention_mask)
+        output = self.lm(**inputs, logits_to_keep=logits_to_keep, output_hidden_states=self.critic is None)
+        hidden = output.hidden_states[-1] if self.critic is None else self.critic(**inputs).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = self.value_head(full_precision(hidden[:, -logits_to_keep:])).squeeze(-1)
+        return LogitsAndValues(output.logits, values)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the policy as a plain Hugging Face checkpoint, the value head and a separate critic beside it."""
+        folder = Path(folder)
+        self.lm.save_pretrained(folder)
+        if self.critic is not None:
+            self.critic.save_pretrained(folder / CRITIC_FOLDER)
+        save_file({name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()},
+                  folder / VALUE_HEAD_FILE)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, critic: str | None = None) -> "CausalLMWithValueHead":
+        """Load a policy from a folder or hub name; without a saved value head it starts at 0.
+
+        critic: None keeps what was saved ("shared" for a plain language model). Raises ValueError when the
+        checkpoint has no language-model head or cannot be read.
+        """
+        folder = Path(path)
+        saved_critic = "separate" if (folder / CRITIC_FOLDER).is_dir() else "shared"
+        model = cls(load_causal_lm(path), critic=critic or saved_critic)
+        if (folder / VALUE_HEAD_FILE).exists() and (critic or saved_critic) == saved_critic:
+            model.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
+            if model.critic is not None:
+                model.critic = type(model.critic).from_pretrained(folder / CRITIC_FOLDER, use_safetensors=True)
+        return model
+
+
+class RewardModel(nn.Module):
+    """One number per text, read at its last real token and normalised with stored statistics.
+
+        score(x, y) = (w·h_last − mean) / std                                                           (Eq. 2.3)
+
+    classifier: an `AutoModelForSequenceClassification` with one label. mean and std live in its configuration as
+    `reward_mean` and `reward_std`, so that they are saved and loaded with it.
+    Source: Stiennon et al. 2020, "Learning to summarize from human feedback", §3.4 and its normalisation.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        if classifier.config.num_labels != 1:
+            raise ValueError(f"classifier must have one label; got {classifier.config.num_labels}")
+        if classifier.config.pad_token_id is None:
+            raise ValueError("classifier.config.pad_token_id must be set: the score is read at the last non-pad token")
+        self.classifier = classifier
+        for name, default in (("reward_mean", 0.0), ("reward_std", 1.0)):
+            if not hasattr(classifier.config, name):
+                setattr(classifier.config, name, default)
+
+    @property
+    def config(self):
+        """The classifier's configuration."""
+        return self.classifier.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores (B,) of texts (B, L), padded on either side."""
+        # The classifier finds the last real token by its id, so what is masked must read as padding.
+        input_ids = input_ids.masked_fill(~attention_mask.bool(), self.config.pad_token_id)
+        output = self.classifier(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+            **position_arguments(self.classifier, attention_mask),
+        )
+        return (full_precision(output.logits.squeeze(-1)) - self.config.reward_mean) / self.config.reward_std
+
+    def normalize(self, scores: Tensor) -> None:
+        """Make `scores`, given by this model, have mean 0 and standard deviation 1 from now on. scores: (N,)."""
+        if scores.numel() < 2 or not scores.std(correction=0) > 0:
+            raise ValueError("scores must hold at least two different values to normalise by")
+        old_std = self.config.reward_std
+        self.config.reward_mean += float(scores.mean()) * old_std
+        self.config.reward_std = float(scores.std(correction=0)) * old_std
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a plain Hugging Face sequence-classification checkpoint."""
+        self.classifier.save_pretrained(folder)
+
+    @classmethod
+    def from_causal_lm(cls, path: str | Path, *, pad_token_id: int) -> "RewardModel":
+        """Start from a language model's trunk, its vocabulary head replaced by a single output.
+
+        w is drawn with standard deviation 1/√(H+1), so that first scores are of size 1.
+        Source: Stiennon et al. 2020, released code.
+        """
+        from transformers import AutoModelForSequenceClassification
+
+        classifier = read_checkpoint(AutoModelForSequenceClassification, path, num_labels=1, pad_token_id=pad_token_id)
+        head = list(classifier.children())[-1]
+        nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
+        return cls(classifier)
+
+
+def load_reward_model(path: str | Path) -> RewardModel:
+    """Load a one-label sequence classifier from a folder or hub name, with its normalisation if it has one."""
+    from transformers import AutoModelForSequenceClassification
+
+    classifier, report = read_checkpoint(AutoModelForSequenceClassification, path, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{path} is no reward model: its checkpoint lacks {', '.join(sorted(report['missing_keys']))}")
+    return RewardModel(classifier)
+
+
+def load_causal_lm(path: str | Path) -> nn.Module:
+    """Load a causal language model from a folder or hub name, ready to train: float32, dropout off.
+
+    Raises ValueError when nothing is found there, or what is found has no language-model head.
+    """
+    from transformers import AutoModelForCausalLM
+
+    lm, report = read_checkpoint(AutoModelForCausalLM, path, output_loading_info=True)
+    made_for = " ".join(lm.config.architectures or [])
+    if report["missing_keys"] or (made_for and "CausalLM" not in made_for and "LMHead" not in made_for):
+        raise ValueError(f"{path} has no language-model head: its checkpoint was saved from {made_for or 'another model'}")
+    return lm
+
+
+def read_checkpoint(auto_class, path: str | Path, **options):
+    """`auto_class.from_pretrained`, with what goes wrong said in one line (ValueError)."""
+    options = dict(dtype=torch.float32, use_safetensors=True, **options)
+    try:
+        loaded = auto_class.from_pretrained(str(path), **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot load a model from {str(path)!r}: {reason[:300]}") from error
+    without_dropout(loaded[0] if isinstance(loaded, tuple) else loaded)
+    return loaded
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Switch dropout off for good: with it, the policy that is scored is not the one that sampled."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
+def new_causal_lm(tokenizer, *, layers: int, width: int, heads: int, context: int, seed: int) -> nn.Module:
+    """A GPT-2 with random weights for this tokenizer; its embedding and vocabulary head are one matrix.
+
+    Initialised from `seed` without touching the global generator.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=context, n_embd=width, n_layer=layers, n_head=heads,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own activation, computed in one call instead of seven
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config)
+
+
+def load_tokenizer(path: str | Path):
+    """Load a tokenizer, padding on the left; raises ValueError when its pad token is missing or is its EOS."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot load a tokenizer from {str(path)!r}: {' '.join(str(error).split())[:300]}") from error
+    check_tokenizer(tokenizer)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Raise ValueError unless the tokenizer has an EOS and a pad token, and they differ."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer must have an EOS token: without one no response ever ends")
+    if tokenizer.pad_token_id is None:
+        raise ValueError('tokenizer must have a pad token: add one, e.g. tokenizer.add_special_tokens({"pad_token": "<pad>"})')
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ValueError("tokenizer must not use its EOS token as padding: masking the padding would hide every ending")

@@ -1,0 +1,107 @@
+"""PPO's clipped losses and the diagnostics that say whether an update went too far.
+
+`log_probs`, `old_log_probs`, `advantages`, `values`, `old_values`, `returns`, `mask` are (B, T); the losses average over
+the minibatch's real tokens and are minimised. What was recorded at rollout time is named `old_*` and held constant.
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf_lessons.importance import importance_ratio
+from rlhf_lessons.masking import EPSILON, check_same_shape, masked_mean, masked_var, real_steps
+
+
+def check_clip(clip_eps: float) -> None:
+    """Raise ValueError unless clip_eps > 0."""
+    if not clip_eps > 0:
+        raise ValueError(f"clip_eps must be positive; got {clip_eps}")
+
+
+def policy_terms(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_eps: float) -> tuple[Tensor, Tensor]:
+    """The two candidates of each token's loss, −ρ·Â and −clip(ρ)·Â: the larger one is the pessimistic bound."""
+    ratio = importance_ratio(log_probs, old_log_probs)
+    return -ratio * advantages, -ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+
+
+def clipped_policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor | None = None, *, clip_eps: float
+) -> Tensor:
+    """PPO's policy loss: no reward for moving a token's ratio out of [1 − ε, 1 + ε].
+
+        L = mean_t max(−ρ_t Â_t, −clip(ρ_t, 1−ε, 1+ε) Â_t)  =  −mean_t min(ρ_t Â_t, clip(ρ_t) Â_t)      (Eq. 7.1)
+
+    All (B, T) -> (). The gradient is 0 only where Â > 0 and ρ > 1+ε, or Â < 0 and ρ < 1−ε; everywhere else a step is taken,
+    also where ρ is far out on the wrong side. Raises ValueError for unequal shapes or clip_eps ≤ 0.
+    Source: Schulman et al. 2017, "Proximal policy optimization algorithms", Eq. 7.
+    """
+    check_clip(clip_eps)
+    check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
+    mask = real_steps(log_probs, mask)
+    # Padding is silenced before the exponential: a NaN or an overflow there would reach the gradient as 0·∞.
+    log_probs, old_log_probs = torch.where(mask, log_probs, 0), torch.where(mask, old_log_probs, 0).detach()
+    unclipped, clipped = policy_terms(log_probs, old_log_probs, advantages.detach(), clip_eps)
+    return masked_mean(torch.max(unclipped, clipped), mask)
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor | None = None, *, clip_eps: float
+) -> Tensor:
+    """Squared error of the critic, blind to gains from moving further than ε from the old value.
+
+        L = ½ mean_t max((V − R̂)², (V_old + clip(V − V_old, −ε, ε) − R̂)²)                               (Eq. 7.2)
+
+    All (B, T) -> (). Raises ValueError for unequal shapes or clip_eps ≤ 0 (∞ switches the clip off).
+    Source: Ziegler et al. 2019, "Fine-tuning language models from human preferences", released code.
+    """
+    check_clip(clip_eps)
+    check_same_shape(values=values, old_values=old_values, returns=returns)
+    mask = real_steps(values, mask)
+    values, old_values = torch.where(mask, values, 0), torch.where(mask, old_values, 0).detach()
+    returns = torch.where(mask, returns, 0).detach()
+    clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
+    return 0.5 * masked_mean(torch.max((values - returns).square(), (clipped - returns).square()), mask)
+
+
+def ppo_loss(
+    policy_loss: Tensor, value_loss: Tensor, entropy: Tensor, *, vf_coef: float, ent_coef: float
+) -> Tensor:
+    """The whole of what is minimised: entropy enters with a minus, since more of it is to be kept.
+
+        L = L_policy + c_v L_value − c_H H                                                              (Eq. 7.3)
+
+    Scalars -> (). Source: Schulman et al. 2017, "Proximal policy optimization algorithms", Eq. 9 (there as an objective).
+    """
+    return policy_loss + vf_coef * value_loss - ent_coef * entropy
+
+
+def clip_fraction(
+    ratio: Tensor, mask: Tensor | None = None, *, clip_eps: float, advantages: Tensor | None = None
+) -> Tensor:
+    """Share of the real tokens whose ratio has left the clip range.
+
+        mean_t 1[|ρ_t − 1| > ε];   with advantages: mean_t 1[clip(ρ_t) Â_t < ρ_t Â_t]                   (Eq. 7.5)
+
+    ratio, mask, advantages (B, T) -> (). With `advantages` only the tokens count whose gradient the clip removes; without
+    them all that are outside, which is a larger number. Raises ValueError for unequal shapes or clip_eps ≤ 0.
+    Source: Huang et al. 2022, "The 37 implementation details of PPO" (first form); Ziegler et al. 2019, code (second).
+    """
+    check_clip(clip_eps)
+    check_same_shape(ratio=ratio, advantages=advantages)
+    if advantages is None:
+        outside = (ratio - 1).abs() > clip_eps
+    else:
+        outside = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages < ratio * advantages
+    return masked_mean(outside.to(ratio.dtype), mask)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Share of the returns' variance that the critic foresaw.
+
+        1 − Var(R̂ − V) / Var(R̂)                                                                         (Eq. 7.6)
+
+    values, returns, mask of one shape -> (): 1 for a perfect critic, 0 for a constant one, negative for a harmful one.
+    With λ < 1 the returns contain V, which flatters it. Raises ValueError when the shapes disagree.
+    Source: Huang et al. 2022, "The 37 implementation details of PPO", debug variables.
+    """
+    check_same_shape(values=values, returns=returns)
+    return 1 - masked_var(returns - values, mask) / (masked_var(returns, mask) + EPSILON)

@@ -1,0 +1,416 @@
+"""Execute the lesson notebooks, and check the committed files without a kernel.
+
+    python tests/notebooks.py execute [NAMES]     run in a clean kernel and save with outputs
+    python tests/notebooks.py check [NAMES]       hold the saved files to RULES
+
+NAMES are beginnings of file names ("05") or paths; without any, all notebooks are meant. nbval
+checks that the notebooks still run; `check` rejects what nbval lets through: code edited since its
+outputs were made, outputs that were stripped, cells that are skipped, and text that depends on the
+machine.
+"""
+
+import argparse
+import ast
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import time
+import tokenize
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import nbformat
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+LESSON = "[0-9][0-9]_"  # how the name of a lesson begins
+HEADINGS = (
+    *("Question", "Derivation", "Your turn", "In code", "Experiment"),
+    *("Exact check", "Bug hunt", "Recap", "Next"),
+)
+TIMEOUT = 180  # seconds a cell may take
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+}
+
+
+# ---- what is stored beside the cells -------------------------------------------------
+
+
+def metadata(notebook) -> dict:
+    """The metadata that `execute` writes: no versions; hashes of what was run and what came out."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+        "executed": {
+            "code": _digest([cell.source for cell in code]),
+            "outputs": _digest([cell.outputs for cell in code]),
+        },
+    }
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def cell_id(index: int) -> str:
+    """Ids count the cells, so that executing twice gives the same file."""
+    return f"cell-{index:02d}"
+
+
+def normalise(notebook) -> None:
+    """Reduce, in place, metadata and cell ids to what depends on the content alone; keep tags."""
+    for index, cell in enumerate(notebook.cells):
+        tags = cell.metadata.get("tags")
+        cell.id, cell.metadata = cell_id(index), nbformat.from_dict({"tags": tags} if tags else {})
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    notebook.metadata = nbformat.from_dict(metadata(notebook))
+
+
+# ---- execute -------------------------------------------------------------------------
+
+
+def execute(path: Path, *, timeout: int = TIMEOUT) -> None:
+    """Run a notebook in a clean, offline kernel, in its own folder, and save it with its outputs.
+
+    The file is replaced only when every cell has run. Raises nbclient's CellExecutionError,
+    CellTimeoutError or DeadKernelError.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    # Without kernel folders to search, "python3" can only be the running interpreter.
+    specs = KernelSpecManager(kernel_dirs=[])
+    kernel = AsyncKernelManager(kernel_spec_manager=specs, kernel_name="python3")
+    client = NotebookClient(
+        notebook, km=kernel, timeout=timeout, coalesce_streams=True, record_timing=False
+    )
+    client.execute(cwd=str(path.resolve().parent), env={**os.environ, **ENVIRONMENT})
+    normalise(notebook)
+    save(notebook, path)
+
+
+def save(notebook, path: Path) -> None:
+    """Write beside the file, then rename: an interruption never leaves half a notebook."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+# ---- the guard: what a rule sees -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell and its place: `index` in the file; `number` among the code cells, from 1, or None."""
+
+    index: int
+    number: int | None
+    node: nbformat.NotebookNode
+
+    @property
+    def is_code(self) -> bool:
+        return self.number is not None
+
+    @property
+    def source(self) -> str:
+        return self.node.source
+
+    @property
+    def lines(self) -> list[str]:
+        return self.source.splitlines()
+
+    @property
+    def tags(self) -> list:
+        return self.node.metadata.get("tags", [])
+
+    @property
+    def outputs(self) -> list:
+        return self.node.get("outputs", [])
+
+    @property
+    def output_types(self) -> set[str]:
+        """Stream names, MIME types, and "error"."""
+        return {kind for output in self.outputs for kind in _texts(output)}
+
+    @property
+    def output_text(self) -> str:
+        """All that a reader sees in the outputs, without pixels."""
+        texts = (item for output in self.outputs for item in _texts(output).items())
+        return "\n".join(text for kind, text in texts if kind not in ("image/png", "image/jpeg"))
+
+    @property
+    def counts(self) -> list:
+        """The execution counts of the cell and of its results."""
+        results = [o.execution_count for o in self.outputs if o.output_type == "execute_result"]
+        return [self.node.execution_count, *results]
+
+    @property
+    def has_error(self) -> bool:
+        return "error" in self.output_types
+
+    @property
+    def has_picture(self) -> bool:
+        return any(kind.startswith("image/") for kind in self.output_types)
+
+    @property
+    def may_raise(self) -> bool:
+        return "raises-exception" in self.tags
+
+    @property
+    def is_checked(self) -> bool:
+        return "nbval-check-output" in self.tags
+
+
+def _texts(output) -> dict[str, str]:
+    """An output's texts by type: the stream's name, "error", or each MIME type."""
+    if output.output_type == "stream":
+        return {output.name: output.text}
+    if output.output_type == "error":
+        return {"error": "\n".join([output.ename, output.evalue, *output.traceback])}
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in output.data.items()}
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook file, opened."""
+
+    path: Path
+    node: nbformat.NotebookNode
+    cells: list[Cell]
+
+    @property
+    def is_lesson(self) -> bool:
+        return self.path.match(f"{LESSON}*.ipynb")
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        return tuple(re.findall(r"^##[ \t]+(.*?)\s*$", _prose(self), re.M))
+
+
+def _prose(notebook: Notebook) -> str:
+    """The text of all markdown cells, without fenced code."""
+    texts = (cell.source for cell in notebook.cells if cell.node.cell_type == "markdown")
+    return re.sub(r"^```.*?^```", "", "\n\n".join(texts), flags=re.M | re.S)
+
+
+def read(path: Path) -> Notebook:
+    """Open a notebook; raises ValueError where the file is none."""
+    try:
+        node = nbformat.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        nbformat.validate(node)
+        node = nbformat.read(path, as_version=4)
+    except (ValueError, AttributeError, nbformat.ValidationError) as error:
+        raise ValueError(f"not a notebook: {str(error).splitlines()[0]}") from None
+    is_code = [cell.cell_type == "code" for cell in node.cells]
+    counts = accumulate(is_code)  # accumulated, True counts 1
+    numbers = [n if code else None for n, code in zip(counts, is_code, strict=True)]
+    cells = [Cell(index, *pair) for index, pair in enumerate(zip(numbers, node.cells, strict=True))]
+    return Notebook(path, node, cells)
+
+
+# ---- the guard: questions that take more than a line ---------------------------------
+
+# An absolute path: a well-known top folder that no word, dot, bracket or tag precedes.
+TOP_FOLDERS = "home|root|tmp|work|workspace|content|mnt|opt|usr|var|private|Users"
+MACHINE_PATH = re.compile(
+    rf"(?<![\w.)\]}}<])/(?:{TOP_FOLDERS})\b|\b[A-Za-z]:\\+Users\b|\bsite-packages\b"
+)
+ALLOWED_TAGS = {"nbval-check-output", "raises-exception"}
+OBJECT_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}\b")
+
+
+def _tree(source: str) -> ast.Module | None:
+    """The parsed code; None where it is not plain Python: magic (%), shell escape (!), help (?)."""
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        return None
+
+
+def _has_semicolon(source: str) -> bool:
+    if _tree(source) is None:
+        return False
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return any(token.string == ";" for token in tokens)
+
+
+def _imports(source: str) -> bool:
+    tree = _tree(source)
+    return bool(tree and tree.body) and isinstance(tree.body[0], ast.Import | ast.ImportFrom)
+
+
+def _words(markdown: str) -> int:
+    """Words a reader reads: a display equation counts none, an inline formula one."""
+    text = re.sub(r"\$\$.*?\$\$", " ", markdown, flags=re.S)
+    text = re.sub(r"(?<!\\)\$[^$]+\$", "x", text)
+    return len(re.findall(r"\S*\w\S*", text))
+
+
+def _edited(notebook: Notebook, part: str) -> bool:
+    stored = notebook.node.metadata.get("executed", {}).get(part)
+    return stored != metadata(notebook.node)["executed"][part]
+
+
+def _foreign_metadata(notebook: Notebook) -> bool:
+    stored, expected = dict(notebook.node.metadata), metadata(notebook.node)
+    return {**stored, "executed": None} != {**expected, "executed": None}
+
+
+# ---- the guard: the rules ------------------------------------------------------------
+# Each is a name and the predicate that is true where the rule is broken.
+
+NOTEBOOK_RULES = (
+    ("file over 1 MB", lambda nb: nb.path.stat().st_size > 1_000_000),
+    ("over 50 cells", lambda nb: len(nb.cells) > 50),
+    ("no code", lambda nb: not any(cell.is_code for cell in nb.cells)),
+    ("headings are not the nine in order", lambda nb: nb.is_lesson and nb.headings != HEADINGS),
+    ("code edited since it was run", lambda nb: _edited(nb, "code")),
+    ("output edited since it was made", lambda nb: _edited(nb, "outputs")),
+    ("metadata that execute does not write", lambda nb: _foreign_metadata(nb)),
+)
+
+CELL_RULES = (
+    ("empty cell", lambda c: not c.source.strip()),
+    ("raw cell", lambda c: c.node.cell_type == "raw"),
+    ("cell id that execute does not write", lambda c: c.node.get("id") != cell_id(c.index)),
+    ("cell metadata other than tags", lambda c: set(c.node.metadata) - {"tags"}),
+    ("tag not allowed", lambda c: set(c.tags) - (ALLOWED_TAGS if c.is_code else set())),
+    ("machine path", lambda c: MACHINE_PATH.search(f"{c.source}\n{c.output_text}")),
+)
+
+MARKDOWN_RULES = (("markdown over 120 words", lambda c: _words(c.source) > 120),)
+
+CODE_RULES = (
+    # how it is written
+    ("prelude does not begin with imports", lambda c: c.number == 1 and not _imports(c.source)),
+    ("prelude over 8 lines", lambda c: c.number == 1 and len(c.lines) > 8),
+    ("code over 15 lines", lambda c: len(c.lines) > 15),
+    ("code over 79 columns", lambda c: any(len(line) > 79 for line in c.lines)),
+    ("magic or shell escape", lambda c: _tree(c.source) is None or "get_ipython" in c.source),
+    ("semicolon", lambda c: _has_semicolon(c.source)),
+    ("sys.path", lambda c: re.search(r"\bsys\.path\b|\bfrom sys import\b.*\bpath\b", c.source)),
+    ("pip", lambda c: re.search(r"\bpip\b", c.source)),
+    ("comment in place of a tag", lambda c: re.search(r"#\s*(NBVAL|PYTEST_VALIDATE)_", c.source)),
+    # what came out
+    ("execution count not in order", lambda c: any(count != c.number for count in c.counts)),
+    ("stderr", lambda c: "stderr" in c.output_types),
+    ("widget", lambda c: any("jupyter.widget" in kind for kind in c.output_types)),
+    ("object address", lambda c: OBJECT_ADDRESS.search(c.output_text)),
+    # what its tags promise
+    ("error", lambda c: c.has_error and not c.may_raise),
+    ("raises-exception without an error", lambda c: c.may_raise and not c.has_error),
+    # nbval accepts a tagged cell that raises nothing, unless it also compares the output.
+    ("raises-exception without nbval-check-output", lambda c: c.may_raise and not c.is_checked),
+    ("nbval-check-output without text", lambda c: c.is_checked and not c.output_text.strip()),
+    ("nbval-check-output on a picture", lambda c: c.is_checked and c.has_picture),
+)
+
+RULES = {name for name, _ in (*NOTEBOOK_RULES, *CELL_RULES, *MARKDOWN_RULES, *CODE_RULES)}
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """A broken rule; `cell` is the index in the file from 0, None for the notebook as a whole."""
+
+    file: str
+    cell: int | None
+    rule: str
+
+    def __str__(self) -> str:
+        place = "notebook" if self.cell is None else f"cell {self.cell}"
+        return f"{self.file}: {place}: {self.rule}"
+
+
+def check(path: Path) -> list[Complaint]:
+    """Every rule that the committed notebook breaks."""
+    try:
+        notebook = read(path)
+    except ValueError as error:
+        return [Complaint(path.name, None, str(error))]
+    found = [(None, name) for name, is_broken in NOTEBOOK_RULES if is_broken(notebook)]
+    for cell in notebook.cells:
+        rules = {"code": CODE_RULES, "markdown": MARKDOWN_RULES}.get(cell.node.cell_type, ())
+        found += [(cell.index, name) for name, is_broken in CELL_RULES + rules if is_broken(cell)]
+    return [Complaint(path.name, index, name) for index, name in found]
+
+
+# ---- what a lesson holds, for the map of equations -----------------------------------
+
+
+def labels(path: Path) -> set[str]:
+    """The n.m of each "(Eq. n.m)" in the notebook's text."""
+    return set(re.findall(r"\(Eq\.\s(\d+\.\d+)\)", _prose(read(path))))
+
+
+def code(path: Path) -> str:
+    """The source of all code cells."""
+    return "\n\n".join(cell.source for cell in read(path).cells if cell.is_code)
+
+
+def called(path: Path) -> set[str]:
+    """The names that the code calls: "gae" for both `gae(...)` and `advantages.gae(...)`."""
+    nodes = ast.walk(ast.parse(code(path)))
+    functions = [node.func for node in nodes if isinstance(node, ast.Call)]
+    names = {f.attr for f in functions if isinstance(f, ast.Attribute)}
+    return names | {f.id for f in functions if isinstance(f, ast.Name)}
+
+
+# ---- command line --------------------------------------------------------------------
+
+
+def find(names: list[str]) -> list[Path]:
+    """The notebooks meant by paths or beginnings of names; ValueError for one that fits none."""
+    found = []
+    for name in names:
+        paths = [Path(name)] if Path(name).is_file() else sorted(FOLDER.glob(f"{name}*.ipynb"))
+        if not paths:
+            raise ValueError(f"names: expected the beginning of a notebook's name, got {name!r}")
+        found += paths
+    return found
+
+
+def run_all(paths: list[Path]) -> bool:
+    """Execute each notebook and say how long it took; True where all succeeded."""
+    succeeded = True
+    for path in paths:
+        start = time.perf_counter()
+        try:
+            execute(path)
+            error = ""
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as failure:
+            error = f"  failed, file left as it was\n{failure}"
+            succeeded = False
+        print(f"{path.name}  {time.perf_counter() - start:.1f} s{error}", flush=True)
+    return succeeded
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("execute", "check"))
+    parser.add_argument("names", nargs="*")
+    options = parser.parse_args(arguments)
+    try:
+        paths = find(options.names or [LESSON if options.command == "execute" else ""])
+    except ValueError as error:
+        parser.error(str(error))
+    if options.command == "execute":
+        return 0 if run_all(paths) else 1
+    complaints = [complaint for path in paths for complaint in check(path)]
+    print(*complaints, sep="\n", end="\n" if complaints else "")
+    print(f"{len(paths)} notebooks, {len(complaints)} complaints")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
