@@ -1,6 +1,7 @@
 """How much better an action was than the critic expected: TD residuals, n-step advantages, GAE.
 
-Arguments, the same in every function here: `rewards`, `values`, `mask`, `terminated` are (B, T); values[b, t] is V(s_t),
+Arguments, the same in every function here: `rewards`, `values`, `mask`, `terminated` are (B, T); values[b, t] is
+V(s_t),
 the state in which action t is taken. A row is one episode unless `terminated` marks ends within it. After a terminated
 step, and after a row's last real one, the next value is 0; `bootstrap_value` (B,) replaces that 0 after the last real
 step of rows that were cut off rather than terminated. `gamma` γ and `lam` λ lie in [0, 1].
@@ -79,9 +80,7 @@ def n_step_advantages(
     """
     if n < 1:
         raise ValueError(f"n must be at least 1; got {n}")
-    residuals = td_residuals(
-        rewards, values, mask, gamma=gamma, terminated=terminated, bootstrap_value=bootstrap_value
-    )
+    residuals = td_residuals(rewards, values, mask, gamma=gamma, terminated=terminated, bootstrap_value=bootstrap_value)
     carry = gamma * continues(real_steps(rewards, mask), terminated).to(rewards.dtype)
     total = residuals
     for _ in range(min(n, rewards.shape[1]) - 1):
@@ -103,15 +102,14 @@ def gae(
 
         Â_t = Σ_k (γλ)^k δ_{t+k},   R̂_t = Â_t + V(s_t)                                                  (Eq. 5.4)
 
-    λ = 0 is the TD residual, λ = 1 the Monte Carlo return minus V. Shapes and ends as in the module's docstring; returns
+    λ = 0 is the TD residual, λ = 1 the Monte Carlo return minus V. Shapes and ends as in the module's docstring;
+    returns
     (advantages, returns), each (B, T), 0 where mask is False. Raises ValueError for unequal shapes, γ or λ outside
     [0, 1]. A doubling scan in log₂ T passes; `gae_recursion` is the definition, and its oracle.
     Source: Schulman et al. 2016, "High-dimensional continuous control using GAE", Eq. 16.
     """
     check_discount("lam", lam)
-    residuals = td_residuals(
-        rewards, values, mask, gamma=gamma, terminated=terminated, bootstrap_value=bootstrap_value
-    )
+    residuals = td_residuals(rewards, values, mask, gamma=gamma, terminated=terminated, bootstrap_value=bootstrap_value)
     mask = real_steps(rewards, mask)
     advantages = discounted_sum(residuals, gamma * lam * continues(mask, terminated).to(rewards.dtype))
     return advantages, torch.where(mask, advantages + values, 0)
@@ -135,9 +133,7 @@ def gae_recursion(
     Source: Schulman et al. 2016, "High-dimensional continuous control using GAE", Eq. 16.
     """
     check_discount("lam", lam)
-    delta = td_residuals(
-        rewards, values, mask, gamma=gamma, terminated=terminated, bootstrap_value=bootstrap_value
-    )
+    delta = td_residuals(rewards, values, mask, gamma=gamma, terminated=terminated, bootstrap_value=bootstrap_value)
     mask = real_steps(rewards, mask)
     same_episode = continues(mask, terminated)
     advantages = torch.zeros_like(delta)

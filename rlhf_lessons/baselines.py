@@ -24,8 +24,8 @@ def optimal_baseline(score_norms_sq: Tensor, returns: Tensor) -> Tensor:
 
         b* = E[‖∇log P‖² R] / E[‖∇log P‖²]                                                              (Eq. 4.3)
 
-    score_norms_sq ‖∇log P(τ)‖² (N,), returns (N,) -> (). Returns weighted by how far each sample moves θ. Estimated from
-    the same samples it is meant for, it sees their actions: a small bias. Raises ValueError for other shapes or
+    score_norms_sq ‖∇log P(τ)‖² (N,), returns (N,) -> (). Returns weighted by how far each sample moves θ. Estimated
+    from the same samples it is meant for, it sees their actions: a small bias. Raises ValueError for other shapes or
     when every norm is zero.
     Source: Greensmith, Bartlett & Baxter 2004, "Variance reduction techniques for gradient estimates in RL".
     """

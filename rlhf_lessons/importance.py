@@ -24,8 +24,8 @@ def importance_mean(f: Tensor, weights: Tensor, *, self_normalized: bool = False
 
         E_p[f] ≈ (1/N) Σ_i w_i f_i,   or self-normalised   Σ_i w_i f_i / Σ_i w_i                        (Eq. 6.2)
 
-    f, weights (N,) -> (). The first is unbiased where q > 0 wherever p·f ≠ 0; the second is biased but consistent, works
-    with unnormalised weights and never leaves the range of f. Raises ValueError when the shapes disagree.
+    f, weights (N,) -> (). The first is unbiased where q > 0 wherever p·f ≠ 0; the second is biased but consistent,
+    works with unnormalised weights and never leaves the range of f. Raises ValueError when the shapes disagree.
     Source: Owen 2013, "Monte Carlo theory, methods and examples", ch. 9.
     """
     check_same_shape(f=f, weights=weights)

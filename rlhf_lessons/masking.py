@@ -69,6 +69,6 @@ def masked_whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = T
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Position of each token counted from its row's first real one, so that left padding shifts nothing.
 
-        position_t = max(0, Σ_{s≤t} m_s − 1);   attention_mask (B, L), 1 on real tokens -> (B, L) long.
+    position_t = max(0, Σ_{s≤t} m_s − 1);   attention_mask (B, L), 1 on real tokens -> (B, L) long.
     """
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)

@@ -44,7 +44,10 @@ def position_arguments(model: nn.Module, attention_mask: Tensor, new_tokens: int
 def causal_lm_logits(lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, logits_to_keep: int = 0) -> Tensor:
     """Logits (B, K, V) of the last K = logits_to_keep positions, or of all (0), of a plain language model."""
     return lm(
-        input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep, use_cache=False,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        logits_to_keep=logits_to_keep,
+        use_cache=False,
         **position_arguments(lm, attention_mask),
     ).logits
 
@@ -97,8 +100,10 @@ class CausalLMWithValueHead(nn.Module):
         self.lm.save_pretrained(folder)
         if self.critic is not None:
             self.critic.save_pretrained(folder / CRITIC_FOLDER)
-        save_file({name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()},
-                  folder / VALUE_HEAD_FILE)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()},
+            folder / VALUE_HEAD_FILE,
+        )
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, critic: str | None = None) -> "CausalLMWithValueHead":
@@ -148,7 +153,9 @@ class RewardModel(nn.Module):
         # The classifier finds the last real token by its id, so what is masked must read as padding.
         input_ids = input_ids.masked_fill(~attention_mask.bool(), self.config.pad_token_id)
         output = self.classifier(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
             **position_arguments(self.classifier, attention_mask),
         )
         return (full_precision(output.logits.squeeze(-1)) - self.config.reward_mean) / self.config.reward_std
@@ -200,7 +207,9 @@ def load_causal_lm(path: str | Path) -> nn.Module:
     lm, report = read_checkpoint(AutoModelForCausalLM, path, output_loading_info=True)
     made_for = " ".join(lm.config.architectures or [])
     if report["missing_keys"] or (made_for and "CausalLM" not in made_for and "LMHead" not in made_for):
-        raise ValueError(f"{path} has no language-model head: its checkpoint was saved from {made_for or 'another model'}")
+        raise ValueError(
+            f"{path} has no language-model head: its checkpoint was saved from {made_for or 'another model'}"
+        )
     return lm
 
 
@@ -234,10 +243,18 @@ def new_causal_lm(tokenizer, *, layers: int, width: int, heads: int, context: in
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=context, n_embd=width, n_layer=layers, n_head=heads,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        n_positions=context,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         activation_function="gelu_pytorch_tanh",  # GPT-2's own activation, computed in one call instead of seven
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -262,6 +279,8 @@ def check_tokenizer(tokenizer) -> None:
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an EOS token: without one no response ever ends")
     if tokenizer.pad_token_id is None:
-        raise ValueError('tokenizer must have a pad token: add one, e.g. tokenizer.add_special_tokens({"pad_token": "<pad>"})')
+        raise ValueError(
+            'tokenizer must have a pad token: add one, e.g. tokenizer.add_special_tokens({"pad_token": "<pad>"})'
+        )
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ValueError("tokenizer must not use its EOS token as padding: masking the padding would hide every ending")

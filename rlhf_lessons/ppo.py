@@ -1,6 +1,7 @@
 """PPO's clipped losses and the diagnostics that say whether an update went too far.
 
-`log_probs`, `old_log_probs`, `advantages`, `values`, `old_values`, `returns`, `mask` are (B, T); the losses average over
+`log_probs`, `old_log_probs`, `advantages`, `values`, `old_values`, `returns`, `mask` are (B, T); the losses average
+over
 the minibatch's real tokens and are minimised. What was recorded at rollout time is named `old_*` and held constant.
 """
 
@@ -17,7 +18,9 @@ def check_clip(clip_eps: float) -> None:
         raise ValueError(f"clip_eps must be positive; got {clip_eps}")
 
 
-def policy_terms(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_eps: float) -> tuple[Tensor, Tensor]:
+def policy_terms(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_eps: float
+) -> tuple[Tensor, Tensor]:
     """The two candidates of each token's loss, −ρ·Â and −clip(ρ)·Â: the larger one is the pessimistic bound."""
     ratio = importance_ratio(log_probs, old_log_probs)
     return -ratio * advantages, -ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
@@ -30,8 +33,8 @@ def clipped_policy_loss(
 
         L = mean_t max(−ρ_t Â_t, −clip(ρ_t, 1−ε, 1+ε) Â_t)  =  −mean_t min(ρ_t Â_t, clip(ρ_t) Â_t)      (Eq. 7.1)
 
-    All (B, T) -> (). The gradient is 0 only where Â > 0 and ρ > 1+ε, or Â < 0 and ρ < 1−ε; everywhere else a step is taken,
-    also where ρ is far out on the wrong side. Raises ValueError for unequal shapes or clip_eps ≤ 0.
+    All (B, T) -> (). The gradient is 0 only where Â > 0 and ρ > 1+ε, or Â < 0 and ρ < 1−ε; everywhere else a step is
+    taken, also where ρ is far out on the wrong side. Raises ValueError for unequal shapes or clip_eps ≤ 0.
     Source: Schulman et al. 2017, "Proximal policy optimization algorithms", Eq. 7.
     """
     check_clip(clip_eps)
@@ -62,14 +65,13 @@ def clipped_value_loss(
     return 0.5 * masked_mean(torch.max((values - returns).square(), (clipped - returns).square()), mask)
 
 
-def ppo_loss(
-    policy_loss: Tensor, value_loss: Tensor, entropy: Tensor, *, vf_coef: float, ent_coef: float
-) -> Tensor:
+def ppo_loss(policy_loss: Tensor, value_loss: Tensor, entropy: Tensor, *, vf_coef: float, ent_coef: float) -> Tensor:
     """The whole of what is minimised: entropy enters with a minus, since more of it is to be kept.
 
         L = L_policy + c_v L_value − c_H H                                                              (Eq. 7.3)
 
-    Scalars -> (). Source: Schulman et al. 2017, "Proximal policy optimization algorithms", Eq. 9 (there as an objective).
+    Scalars -> (). Source: Schulman et al. 2017, "Proximal policy optimization algorithms", Eq. 9 (there as an
+    objective).
     """
     return policy_loss + vf_coef * value_loss - ent_coef * entropy
 
@@ -81,8 +83,8 @@ def clip_fraction(
 
         mean_t 1[|ρ_t − 1| > ε];   with advantages: mean_t 1[clip(ρ_t) Â_t < ρ_t Â_t]                   (Eq. 7.5)
 
-    ratio, mask, advantages (B, T) -> (). With `advantages` only the tokens count whose gradient the clip removes; without
-    them all that are outside, which is a larger number. Raises ValueError for unequal shapes or clip_eps ≤ 0.
+    ratio, mask, advantages (B, T) -> (). With `advantages` only the tokens count whose gradient the clip removes;
+    without them all that are outside, which is a larger number. Raises ValueError for unequal shapes or clip_eps ≤ 0.
     Source: Huang et al. 2022, "The 37 implementation details of PPO" (first form); Ziegler et al. 2019, code (second).
     """
     check_clip(clip_eps)

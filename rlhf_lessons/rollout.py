@@ -111,7 +111,12 @@ def sample_responses(
     for t in range(max_new_tokens):
         positions = position_arguments(lm, seen, new_tokens=step_ids.shape[1])
         output = lm(
-            input_ids=step_ids, attention_mask=seen, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions
+            input_ids=step_ids,
+            attention_mask=seen,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **positions,
         )
         logits = full_precision(output.logits[:, -1]) / temperature
         chosen = sample_tokens(logits, generator)
@@ -136,8 +141,8 @@ def policy_outputs(
 ) -> tuple[Tensor, Tensor]:
     """What the policy says of the `length` response tokens at the end of each row, before it sees them.
 
-    tokens, attention_mask (B, P+T) -> logits at the sampling temperature (B, T, V), values (B, T): the model's outputs at
-    positions P−1 … P+T−2.
+    tokens, attention_mask (B, P+T) -> logits at the sampling temperature (B, T, V), values (B, T): the model's
+    outputs at positions P−1 … P+T−2.
     """
     logits, values = policy(tokens[:, :-1], attention_mask[:, :-1], logits_to_keep=length)
     return full_precision(logits) / temperature, values
@@ -184,8 +189,14 @@ def collect_rollout(
     """
     prompt_mask = attention_mask.bool()
     responses = sample_responses(
-        policy.lm, input_ids, prompt_mask, max_new_tokens=config.max_new_tokens, eos_id=eos_id, pad_id=pad_id,
-        temperature=config.temperature, generator=generator,
+        policy.lm,
+        input_ids,
+        prompt_mask,
+        max_new_tokens=config.max_new_tokens,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        temperature=config.temperature,
+        generator=generator,
     )
     tokens = torch.cat([input_ids, responses.tokens], dim=1)
     attention_mask = torch.cat([prompt_mask, responses.mask], dim=1)
@@ -210,6 +221,16 @@ def collect_rollout(
     if config.whiten_advantages:
         advantages = masked_whiten(advantages, responses.mask)
     return RolloutBatch(
-        tokens, attention_mask, responses.mask, responses.log_probs, ref_log_probs, values, rewards, advantages, returns,
-        scores, responses.ended, prompt_length=input_ids.shape[1],
+        tokens,
+        attention_mask,
+        responses.mask,
+        responses.log_probs,
+        ref_log_probs,
+        values,
+        rewards,
+        advantages,
+        returns,
+        scores,
+        responses.ended,
+        prompt_length=input_ids.shape[1],
     )

@@ -1,27 +1,29 @@
-"""PPO on a language model, and the two fits that come before it: the language model and the reward model.
+"""PPO on a language model.
 
-`PPOTrainer.step()` is one iteration: roll out a batch, then epochs of minibatches over it. Nothing here samples, scores or
-computes a loss by itself: it calls `rollout` and `ppo`, the functions that the lessons teach.
+`PPOTrainer.step()` is one iteration: roll out a batch, then epochs of minibatches over it. Nothing here samples, scores
+or computes a loss by itself: it calls `rollout` and `ppo`, the functions that the lessons teach.
 """
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_lessons.data import encode_prompt, encode_response, pad
+from rlhf_lessons.data import encode_prompt, pad
+from rlhf_lessons.fitting import fit_language_model, fit_reward_model, make_accelerator
 from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
 from rlhf_lessons.masking import masked_mean
-from rlhf_lessons.models import causal_lm_logits, check_tokenizer, without_dropout
+from rlhf_lessons.models import check_tokenizer, without_dropout
 from rlhf_lessons.policy_gradient import action_log_probs, entropy
 from rlhf_lessons.ppo import clip_fraction, clipped_policy_loss, clipped_value_loss, explained_variance, ppo_loss
-from rlhf_lessons.preferences import bradley_terry_loss
 from rlhf_lessons.rollout import RolloutBatch, collect_rollout, policy_outputs
+
+__all__ = ["PPOConfig", "PPOTrainer", "fit_language_model", "fit_reward_model"]
 
 SEED_STRIDE = 100003  # between the seeds of parallel processes, as in Ziegler et al. 2019
 
@@ -54,19 +56,32 @@ class PPOConfig:
     kl_coef: float = setting(0.05, "β: price of one nat of KL from the reference; the first one if adaptive")
     adaptive_kl_target: float | None = setting(None, "KL per response, in nats, that β is steered to")
     adaptive_kl_horizon: int = setting(10000, "responses over which that steering works")
-    target_kl: float | None = setting(None, "leave an iteration's epochs early when the update's own KL per token is 1.5 times this")
+    target_kl: float | None = setting(
+        None, "leave an iteration's epochs early when the update's own KL per token is 1.5 times this"
+    )
     whiten_advantages: bool = setting(True, "scale each batch's advantages to mean 0, variance 1")
     normalize_scores: bool = setting(False, "scale each batch's scores to variance 1, their mean kept")
     missing_eos_penalty: float = setting(1.0, "subtracted from the score of a response that did not end")
-    missing_eos_mode: str = setting("subtract", "subtract the penalty from the score, or replace the score by its negative")
+    missing_eos_mode: str = setting(
+        "subtract", "subtract the penalty from the score, or replace the score by its negative"
+    )
     precision: str = setting("no", "no (float32) or bf16 (autocast; log-probabilities and losses stay float32)")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     seed: int = setting(0, "of prompts, sampling and shuffling")
 
     def __post_init__(self) -> None:
-        for name in ("num_iterations", "batch_size", "minibatch_size", "gradient_accumulation_steps", "ppo_epochs",
-                     "max_new_tokens", "adaptive_kl_horizon"):
-            self._require(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1")
+        for name in (
+            "num_iterations",
+            "batch_size",
+            "minibatch_size",
+            "gradient_accumulation_steps",
+            "ppo_epochs",
+            "max_new_tokens",
+            "adaptive_kl_horizon",
+        ):
+            self._require(
+                name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1"
+            )
         for name in ("temperature", "learning_rate", "max_grad_norm", "clip_eps", "value_clip_eps"):
             self._require(name, getattr(self, name) > 0, "a number > 0")
         for name in ("vf_coef", "ent_coef", "kl_coef", "missing_eos_penalty"):
@@ -75,14 +90,29 @@ class PPOConfig:
             self._require(name, 0 <= getattr(self, name) <= 1, "a number between 0 and 1")
         for name in ("adaptive_kl_target", "target_kl"):
             self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "a number > 0, or None")
-        for name, choices in (("lr_schedule", ("linear", "constant")), ("missing_eos_mode", ("subtract", "replace")),
-                              ("precision", ("no", "bf16")), ("device", ("auto", "cpu", "cuda", "mps"))):
+        for name, choices in (
+            ("lr_schedule", ("linear", "constant")),
+            ("missing_eos_mode", ("subtract", "replace")),
+            ("precision", ("no", "bf16")),
+            ("device", ("auto", "cpu", "cuda", "mps")),
+        ):
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        self._require("kl_coef", self.adaptive_kl_target is None or self.kl_coef > 0, "a number > 0 when it is adaptive")
-        self._require("batch_size", self.batch_size % self.minibatch_size == 0, f"a multiple of minibatch_size = {self.minibatch_size}")
-        self._require("minibatch_size", self.minibatch_size % self.gradient_accumulation_steps == 0,
-                      f"a multiple of gradient_accumulation_steps = {self.gradient_accumulation_steps}")
-        self._require("batch_size", not self.whiten_advantages or self.batch_size >= 8, "at least 8 to whiten advantages")
+        self._require(
+            "kl_coef", self.adaptive_kl_target is None or self.kl_coef > 0, "a number > 0 when it is adaptive"
+        )
+        self._require(
+            "batch_size",
+            self.batch_size % self.minibatch_size == 0,
+            f"a multiple of minibatch_size = {self.minibatch_size}",
+        )
+        self._require(
+            "minibatch_size",
+            self.minibatch_size % self.gradient_accumulation_steps == 0,
+            f"a multiple of gradient_accumulation_steps = {self.gradient_accumulation_steps}",
+        )
+        self._require(
+            "batch_size", not self.whiten_advantages or self.batch_size >= 8, "at least 8 to whiten advantages"
+        )
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
@@ -94,29 +124,21 @@ class PPOConfig:
         return self.minibatch_size // self.gradient_accumulation_steps
 
 
-def make_accelerator(device: str = "auto", precision: str = "no"):
-    """An Accelerator for that device; raises ValueError when the machine lacks it. On one CPU it changes nothing."""
-    from accelerate import Accelerator  # takes seconds, and `--help` reads this module
-
-    available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device not in available:
-        raise ValueError(f"device must be one of {', '.join(available)}; got {device!r}")
-    if not available[device]:
-        raise ValueError(f"device {device!r} is not available on this machine")
-    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
-
-
 class PPOTrainer:
     """Proximal policy optimisation of a language model against a score, on a leash to a reference.
 
-    policy: a `CausalLMWithValueHead`, trained in place; reference: a language model of its own, frozen here; score_fn: a
+    policy: a `CausalLMWithValueHead`, trained in place; reference: a language model of its own, frozen here;
+    score_fn: a
     reward model that shares the tokenizer and scores the tokens themselves, or a function (prompts, responses) ->
     (B,) floats of two lists of texts, EOS stripped; prompts: texts, drawn at random for each batch. Raises ValueError
     for a reference that shares parameters with the policy, no prompts, or a prompt too long for the context.
-    Source: Ziegler et al. 2019; Ouyang et al. 2022; Huang et al. 2024, "The N+ implementation details of RLHF with PPO".
+    Source: Ziegler et al. 2019; Ouyang et al. 2022; Huang et al. 2024, "The N+ implementation details of RLHF with
+    PPO".
     """
 
-    def __init__(self, config: PPOConfig, policy: nn.Module, reference: nn.Module, score_fn, prompts: list[str], tokenizer):
+    def __init__(
+        self, config: PPOConfig, policy: nn.Module, reference: nn.Module, score_fn, prompts: list[str], tokenizer
+    ):
         self.config, self.tokenizer, self.score_fn, self.prompts = config, tokenizer, score_fn, list(prompts)
         self.accelerator = make_accelerator(config.device, config.precision)
         reference = getattr(reference, "lm", reference)
@@ -134,7 +156,8 @@ class PPOTrainer:
         self.model, self.optimizer = self.accelerator.prepare(without_dropout(policy).train(), optimizer)
         self.policy = self.accelerator.unwrap_model(self.model)
         self.kl_controller = (
-            FixedKL(config.kl_coef) if config.adaptive_kl_target is None
+            FixedKL(config.kl_coef)
+            if config.adaptive_kl_target is None
             else AdaptiveKL(config.kl_coef, config.adaptive_kl_target, config.adaptive_kl_horizon)
         )
         seed = config.seed + SEED_STRIDE * self.accelerator.process_index
@@ -174,9 +197,16 @@ class PPOTrainer:
         device = self.accelerator.device
         with self.accelerator.autocast():
             return collect_rollout(
-                self.policy, self.reference, self._score, input_ids.to(device), mask.to(device), config=self.config,
-                kl_coef=self.kl_controller.coef, eos_id=self.tokenizer.eos_token_id,
-                pad_id=self.tokenizer.pad_token_id, generator=self.sampling,
+                self.policy,
+                self.reference,
+                self._score,
+                input_ids.to(device),
+                mask.to(device),
+                config=self.config,
+                kl_coef=self.kl_controller.coef,
+                eos_id=self.tokenizer.eos_token_id,
+                pad_id=self.tokenizer.pad_token_id,
+                generator=self.sampling,
             )
 
     def update(self, batch: RolloutBatch) -> list[dict[str, Tensor]]:
@@ -218,7 +248,10 @@ class PPOTrainer:
         with torch.no_grad():
             ratio = importance_ratio(log_probs, batch.log_probs)
             report = {
-                "loss": loss, "policy_loss": policy_loss, "value_loss": value_loss, "entropy": mean_entropy,
+                "loss": loss,
+                "policy_loss": policy_loss,
+                "value_loss": value_loss,
+                "entropy": mean_entropy,
                 # The samples are the old policy's, so this is KL(old policy ‖ new policy).
                 "approx_kl": masked_mean(sampled_kl(batch.log_probs, log_probs, kind="k3"), mask),
                 "clip_fraction": clip_fraction(ratio, mask, clip_eps=config.clip_eps, advantages=batch.advantages),
@@ -227,8 +260,8 @@ class PPOTrainer:
         return loss, {name: value.detach() for name, value in report.items()}
 
     def _update_on(self, minibatch: RolloutBatch) -> dict[str, Tensor]:
-        """One optimiser step; pieces and processes weigh by their tokens, so that the result is the whole's gradient."""
-        total = self.accelerator.reduce(minibatch.response_mask.sum(), "sum")
+        """One optimiser step; pieces and processes weigh by their tokens, so that the result is the whole's
+        gradient.""" total = self.accelerator.reduce(minibatch.response_mask.sum(), "sum")
         pieces = list(minibatch.minibatches(self.config.micro_batch_size))
         report: dict[str, Tensor] = {}
         for number, piece in enumerate(pieces, start=1):
@@ -250,9 +283,12 @@ class PPOTrainer:
         """Means over the batch and over the optimiser steps, read from the device in one go."""
         sequence_kl = sampled_kl(batch.log_probs, batch.ref_log_probs, kind="k1").sum(dim=1)
         measured = {
-            "score": batch.scores.mean(), "kl": sequence_kl.mean(), "reward": batch.rewards.sum(dim=1).mean(),
+            "score": batch.scores.mean(),
+            "kl": sequence_kl.mean(),
+            "reward": batch.rewards.sum(dim=1).mean(),
             "explained_variance": explained_variance(batch.values, batch.returns, batch.response_mask),
-            "response_length": batch.response_mask.sum(dim=1).float().mean(), "ended": batch.ended.float().mean(),
+            "response_length": batch.response_mask.sum(dim=1).float().mean(),
+            "ended": batch.ended.float().mean(),
             "first_ratio_error": updates[0]["ratio_error"],
         }
         for name in ("loss", "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm"):
@@ -267,7 +303,9 @@ class PPOTrainer:
                     "max_grad_norm may help, and scores must be finite"
                 )
         return metrics | {
-            "kl_coef": self.kl_controller.coef, "learning_rate": self.learning_rate, "optimizer_steps": len(updates),
+            "kl_coef": self.kl_controller.coef,
+            "learning_rate": self.learning_rate,
+            "optimizer_steps": len(updates),
         }
 
     def _score(self, tokens: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
@@ -278,7 +316,9 @@ class PPOTrainer:
         scores = self.score_fn(self._decode(tokens[:, :split]), self._decode(tokens[:, split:]))
         scores = torch.as_tensor(scores, dtype=torch.get_default_dtype(), device=tokens.device)
         if scores.shape != tokens.shape[:1]:
-            raise ValueError(f"score_fn must return one number per response, ({len(tokens)},); got {tuple(scores.shape)}")
+            raise ValueError(
+                f"score_fn must return one number per response, ({len(tokens)},); got {tuple(scores.shape)}"
+            )
         if not scores.isfinite().all():
             raise ValueError("score_fn must return finite numbers; got NaN or infinity")
         return scores
@@ -294,151 +334,7 @@ class PPOTrainer:
         for number, ids in enumerate(encoded, start=1):
             if len(ids) + self.config.max_new_tokens > context:
                 raise ValueError(
-                    f"prompt {number} has {len(ids)} tokens; with max_new_tokens = {self.config.max_new_tokens} it does "
-                    f"not fit the model's context of {context}"
+                    f"prompt {number} has {len(ids)} tokens; with max_new_tokens = {self.config.max_new_tokens} it
+                    does " f"not fit the model's context of {context}"
                 )
         return encoded
-
-
-def length_batches(lengths: list[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Row numbers of one epoch, `batch_size` at a time: shuffled, but rows of like length together, to pad little."""
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    window = 16 * batch_size
-    batches = []
-    for start in range(0, len(order), window):
-        nearby = sorted(order[start : start + window], key=lengths.__getitem__)
-        batches += [nearby[i : i + batch_size] for i in range(0, len(nearby), batch_size)]
-    for i in torch.randperm(len(batches), generator=generator).tolist():
-        yield batches[i]
-
-
-def fit(
-    model: nn.Module, loss_of: Callable[[list[int]], Tensor], lengths: list[int], *, epochs: float, batch_size: int,
-    learning_rate: float, weight_decay: float = 0.01, seed: int = 0, accelerator, on_step=None,
-) -> list[float]:
-    """Minimise loss_of(row numbers) with AdamW, learning rate warmed up over 5 % of the steps, then linear to 0.
-
-    on_step(step, steps, loss) is called after each step. Returns the losses. Raises FloatingPointError for one that is
-    not finite, naming the step.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay,
-        fused=accelerator.device.type in ("cpu", "cuda"),
-    )
-    steps = max(1, round(epochs * math.ceil(len(lengths) / batch_size)))
-    model.train()
-    losses: list[float] = []
-    while len(losses) < steps:
-        for rows in length_batches(lengths, batch_size, generator):
-            done = len(losses) / steps
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * min((len(losses) + 1) / max(1.0, 0.05 * steps), 1 - done)
-            with accelerator.autocast():
-                loss = loss_of(rows)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"the loss is {losses[-1]} in step {len(losses)}: lower the learning rate")
-            if on_step is not None:
-                on_step(len(losses), steps, losses[-1])
-            if len(losses) == steps:
-                break
-    model.eval()
-    return losses
-
-
-def language_model_loss(lm: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Mean negative log-probability of each real token given those before it, in nats. tokens, mask (B, L) -> ()."""
-    logits = causal_lm_logits(lm, tokens[:, :-1], mask[:, :-1])
-    return -masked_mean(action_log_probs(logits, tokens[:, 1:]), mask[:, 1:])
-
-
-def fit_language_model(
-    lm: nn.Module, texts: list[str], tokenizer, *, epochs: float, batch_size: int = 64, learning_rate: float = 3e-3,
-    max_length: int | None = None, seed: int = 0, device: str = "auto", precision: str = "no", on_step=None,
-) -> list[float]:
-    """Train on next-token prediction, each text a row with EOS at its end. Returns the losses, in nats per token.
-
-    Texts longer than max_length tokens are cut there, without an EOS.
-    """
-    accelerator = make_accelerator(device, precision)
-    lm.to(accelerator.device)
-    sequences = [
-        (encode_prompt(tokenizer, text) + [tokenizer.eos_token_id])[:max_length] for text in texts
-    ]
-
-    def loss_of(rows: list[int]) -> Tensor:
-        tokens, mask = pad([sequences[i] for i in rows], tokenizer.pad_token_id, side="right")
-        return language_model_loss(lm, tokens.to(accelerator.device), mask.to(accelerator.device))
-
-    return fit(
-        lm, loss_of, [len(s) for s in sequences], epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
-        seed=seed, accelerator=accelerator, on_step=on_step,
-    )
-
-
-def fit_reward_model(
-    reward_model: nn.Module, preferences: list[dict[str, str]], tokenizer, *, epochs: float = 1, batch_size: int = 32,
-    learning_rate: float = 1e-3, seed: int = 0, device: str = "auto", precision: str = "no", on_step=None,
-) -> list[float]:
-    """Train on preferences, {"prompt", "chosen", "rejected"}, by the Bradley–Terry loss. Returns the losses.
-
-    One epoch by default: reward models overfit quickly. Afterwards its scores on these texts have mean 0, variance 1.
-    Source: Ouyang et al. 2022, §3.5.
-    """
-    accelerator = make_accelerator(device, precision)
-    reward_model.to(accelerator.device)
-    encoded = {
-        side: [
-            encode_prompt(tokenizer, pair["prompt"]) + encode_response(tokenizer, pair["prompt"], pair[side])
-            for pair in preferences
-        ]
-        for side in ("chosen", "rejected")
-    }
-
-    def loss_of(rows: list[int]) -> Tensor:
-        both = [encoded["chosen"][i] for i in rows] + [encoded["rejected"][i] for i in rows]
-        tokens, mask = pad(both, tokenizer.pad_token_id, side="right")
-        scores = reward_model(tokens.to(accelerator.device), mask.to(accelerator.device))
-        return bradley_terry_loss(*scores.split(len(rows)))
-
-    lengths = [max(len(a), len(b)) for a, b in zip(encoded["chosen"], encoded["rejected"], strict=True)]
-    losses = fit(
-        reward_model, loss_of, lengths, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
-        accelerator=accelerator, on_step=on_step,
-    )
-    prompts = [pair["prompt"] for pair in preferences for _ in range(2)]
-    responses = [pair[side] for pair in preferences for side in ("chosen", "rejected")]
-    reward_model.normalize(score_texts(reward_model, tokenizer, prompts, responses))
-    return losses
-
-
-@torch.no_grad()
-def score_texts(
-    reward_model: nn.Module, tokenizer, prompts: list[str], responses: list[str], *, batch_size: int = 256
-) -> Tensor:
-    """A reward model's scores (N,) of texts, on the CPU. Every response is read with an EOS at its end."""
-    device = next(reward_model.parameters()).device
-    rows = [
-        encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    scores = []
-    for start in range(0, len(rows), batch_size):
-        tokens, mask = pad(rows[start : start + batch_size], tokenizer.pad_token_id, side="right")
-        scores.append(reward_model(tokens.to(device), mask.to(device)).cpu())
-    return torch.cat(scores)
-
-
-def preference_accuracy(reward_model: nn.Module, preferences: list[dict[str, str]], tokenizer) -> float:
-    """Share of the pairs in which the chosen text scores higher than the rejected one."""
-    prompts = [pair["prompt"] for pair in preferences]
-    chosen, rejected = (
-        score_texts(reward_model, tokenizer, prompts, [pair[side] for pair in preferences])
-        for side in ("chosen", "rejected")
-    )
-    return float((chosen > rejected).float().mean())

@@ -1,0 +1,212 @@
+"""The two fits that come before PPO: the language model on text, the reward model on preferences."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lessons.data import encode_prompt, encode_response, pad
+from rlhf_lessons.masking import masked_mean
+from rlhf_lessons.models import causal_lm_logits
+from rlhf_lessons.policy_gradient import action_log_probs
+from rlhf_lessons.preferences import bradley_terry_loss
+
+
+def make_accelerator(device: str = "auto", precision: str = "no"):
+    """An Accelerator for that device; raises ValueError when the machine lacks it. On one CPU it changes nothing."""
+    from accelerate import Accelerator  # takes seconds, and `--help` reads this module
+
+    available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device not in available:
+        raise ValueError(f"device must be one of {', '.join(available)}; got {device!r}")
+    if not available[device]:
+        raise ValueError(f"device {device!r} is not available on this machine")
+    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+
+
+def length_batches(lengths: list[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Row numbers of one epoch, `batch_size` at a time: shuffled, but rows of like length together, to pad little."""
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    window = 16 * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        nearby = sorted(order[start : start + window], key=lengths.__getitem__)
+        batches += [nearby[i : i + batch_size] for i in range(0, len(nearby), batch_size)]
+    for i in torch.randperm(len(batches), generator=generator).tolist():
+        yield batches[i]
+
+
+def fit(
+    model: nn.Module,
+    loss_of: Callable[[list[int]], Tensor],
+    lengths: list[int],
+    *,
+    epochs: float,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float = 0.01,
+    seed: int = 0,
+    accelerator,
+    on_step=None,
+) -> list[float]:
+    """Minimise loss_of(row numbers) with AdamW, learning rate warmed up over 5 % of the steps, then linear to 0.
+
+    on_step(step, steps, loss) is called after each step. Returns the losses. Raises FloatingPointError for one that is
+    not finite, naming the step.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=weight_decay,
+        fused=accelerator.device.type in ("cpu", "cuda"),
+    )
+    steps = max(1, round(epochs * math.ceil(len(lengths) / batch_size)))
+    model.train()
+    losses: list[float] = []
+    while len(losses) < steps:
+        for rows in length_batches(lengths, batch_size, generator):
+            done = len(losses) / steps
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * min((len(losses) + 1) / max(1.0, 0.05 * steps), 1 - done)
+            with accelerator.autocast():
+                loss = loss_of(rows)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"the loss is {losses[-1]} in step {len(losses)}: lower the learning rate")
+            if on_step is not None:
+                on_step(len(losses), steps, losses[-1])
+            if len(losses) == steps:
+                break
+    model.eval()
+    return losses
+
+
+def language_model_loss(lm: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean negative log-probability of each real token given those before it, in nats. tokens, mask (B, L) -> ()."""
+    logits = causal_lm_logits(lm, tokens[:, :-1], mask[:, :-1])
+    return -masked_mean(action_log_probs(logits, tokens[:, 1:]), mask[:, 1:])
+
+
+def fit_language_model(
+    lm: nn.Module,
+    texts: list[str],
+    tokenizer,
+    *,
+    epochs: float,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    max_length: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "no",
+    on_step=None,
+) -> list[float]:
+    """Train on next-token prediction, each text a row with EOS at its end. Returns the losses, in nats per token.
+
+    Texts longer than max_length tokens are cut there, without an EOS.
+    """
+    accelerator = make_accelerator(device, precision)
+    lm.to(accelerator.device)
+    sequences = [(encode_prompt(tokenizer, text) + [tokenizer.eos_token_id])[:max_length] for text in texts]
+
+    def loss_of(rows: list[int]) -> Tensor:
+        tokens, mask = pad([sequences[i] for i in rows], tokenizer.pad_token_id, side="right")
+        return language_model_loss(lm, tokens.to(accelerator.device), mask.to(accelerator.device))
+
+    return fit(
+        lm,
+        loss_of,
+        [len(s) for s in sequences],
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        accelerator=accelerator,
+        on_step=on_step,
+    )
+
+
+def fit_reward_model(
+    reward_model: nn.Module,
+    preferences: list[dict[str, str]],
+    tokenizer,
+    *,
+    epochs: float = 1,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "no",
+    on_step=None,
+) -> list[float]:
+    """Train on preferences, {"prompt", "chosen", "rejected"}, by the Bradley–Terry loss. Returns the losses.
+
+    One epoch by default: reward models overfit quickly. Afterwards its scores on these texts have mean 0, variance 1.
+    Source: Ouyang et al. 2022, §3.5.
+    """
+    accelerator = make_accelerator(device, precision)
+    reward_model.to(accelerator.device)
+    encoded = {
+        side: [
+            encode_prompt(tokenizer, pair["prompt"]) + encode_response(tokenizer, pair["prompt"], pair[side])
+            for pair in preferences
+        ]
+        for side in ("chosen", "rejected")
+    }
+
+    def loss_of(rows: list[int]) -> Tensor:
+        both = [encoded["chosen"][i] for i in rows] + [encoded["rejected"][i] for i in rows]
+        tokens, mask = pad(both, tokenizer.pad_token_id, side="right")
+        scores = reward_model(tokens.to(accelerator.device), mask.to(accelerator.device))
+        return bradley_terry_loss(*scores.split(len(rows)))
+
+    lengths = [max(len(a), len(b)) for a, b in zip(encoded["chosen"], encoded["rejected"], strict=True)]
+    losses = fit(
+        reward_model,
+        loss_of,
+        lengths,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        accelerator=accelerator,
+        on_step=on_step,
+    )
+    prompts = [pair["prompt"] for pair in preferences for _ in range(2)]
+    responses = [pair[side] for pair in preferences for side in ("chosen", "rejected")]
+    reward_model.normalize(score_texts(reward_model, tokenizer, prompts, responses))
+    return losses
+
+
+@torch.no_grad()
+def score_texts(
+    reward_model: nn.Module, tokenizer, prompts: list[str], responses: list[str], *, batch_size: int = 256
+) -> Tensor:
+    """A reward model's scores (N,) of texts, on the CPU. Every response is read with an EOS at its end."""
+    device = next(reward_model.parameters()).device
+    rows = [
+        encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    scores = []
+    for start in range(0, len(rows), batch_size):
+        tokens, mask = pad(rows[start : start + batch_size], tokenizer.pad_token_id, side="right")
+        scores.append(reward_model(tokens.to(device), mask.to(device)).cpu())
+    return torch.cat(scores)
+
+
+def preference_accuracy(reward_model: nn.Module, preferences: list[dict[str, str]], tokenizer) -> float:
+    """Share of the pairs in which the chosen text scores higher than the rejected one."""
+    prompts = [pair["prompt"] for pair in preferences]
+    chosen, rejected = (
+        score_texts(reward_model, tokenizer, prompts, [pair[side] for pair in preferences])
+        for side in ("chosen", "rejected")
+    )
+    return float((chosen > rejected).float().mean())
