@@ -1,9 +1,8 @@
 """How much better an action was than the critic expected: TD residuals, n-step advantages, GAE.
 
 Arguments, the same in every function here: `rewards`, `values`, `mask`, `terminated` are (B, T); values[b, t] is
-V(s_t),
-the state in which action t is taken. A row is one episode unless `terminated` marks ends within it. After a terminated
-step, and after a row's last real one, the next value is 0; `bootstrap_value` (B,) replaces that 0 after the last real
+V(s_t), the state in which action t is taken. A row is one episode unless `terminated` marks ends within it. After a
+terminated step, and after a row's last real one, the next value is 0; `bootstrap_value` (B,) replaces that 0 after the last real
 step of rows that were cut off rather than terminated. `gamma` γ and `lam` λ lie in [0, 1].
 """
 
@@ -103,9 +102,8 @@ def gae(
         Â_t = Σ_k (γλ)^k δ_{t+k},   R̂_t = Â_t + V(s_t)                                                  (Eq. 5.4)
 
     λ = 0 is the TD residual, λ = 1 the Monte Carlo return minus V. Shapes and ends as in the module's docstring;
-    returns
-    (advantages, returns), each (B, T), 0 where mask is False. Raises ValueError for unequal shapes, γ or λ outside
-    [0, 1]. A doubling scan in log₂ T passes; `gae_recursion` is the definition, and its oracle.
+    returns (advantages, returns), each (B, T), 0 where mask is False. Raises ValueError for unequal shapes, γ or λ
+    outside [0, 1]. A doubling scan in log₂ T passes; `gae_recursion` is the definition, and its oracle.
     Source: Schulman et al. 2016, "High-dimensional continuous control using GAE", Eq. 16.
     """
     check_discount("lam", lam)

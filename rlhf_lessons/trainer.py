@@ -260,8 +260,8 @@ class PPOTrainer:
         return loss, {name: value.detach() for name, value in report.items()}
 
     def _update_on(self, minibatch: RolloutBatch) -> dict[str, Tensor]:
-        """One optimiser step; pieces and processes weigh by their tokens, so that the result is the whole's
-        gradient.""" total = self.accelerator.reduce(minibatch.response_mask.sum(), "sum")
+        """One optimiser step; pieces and processes weigh by their tokens: the result is the whole's gradient."""
+        total = self.accelerator.reduce(minibatch.response_mask.sum(), "sum")
         pieces = list(minibatch.minibatches(self.config.micro_batch_size))
         report: dict[str, Tensor] = {}
         for number, piece in enumerate(pieces, start=1):
@@ -334,7 +334,7 @@ class PPOTrainer:
         for number, ids in enumerate(encoded, start=1):
             if len(ids) + self.config.max_new_tokens > context:
                 raise ValueError(
-                    f"prompt {number} has {len(ids)} tokens; with max_new_tokens = {self.config.max_new_tokens} it
-                    does " f"not fit the model's context of {context}"
+                    f"prompt {number} has {len(ids)} tokens; with max_new_tokens = {self.config.max_new_tokens} "
+                    f"it does not fit the model's context of {context}"
                 )
         return encoded
