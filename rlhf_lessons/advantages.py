@@ -2,8 +2,8 @@
 
 Arguments, the same in every function here: `rewards`, `values`, `mask`, `terminated` are (B, T); values[b, t] is
 V(s_t), the state in which action t is taken. A row is one episode unless `terminated` marks ends within it. After a
-terminated step, and after a row's last real one, the next value is 0; `bootstrap_value` (B,) replaces that 0 after the last real
-step of rows that were cut off rather than terminated. `gamma` γ and `lam` λ lie in [0, 1].
+terminated step, and after a row's last real one, the next value is 0; `bootstrap_value` (B,) replaces that 0 after
+the last real step of rows that were cut off rather than terminated. `gamma` γ and `lam` λ lie in [0, 1].
 """
 
 import torch

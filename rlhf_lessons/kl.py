@@ -32,8 +32,8 @@ def sampled_kl(log_probs: Tensor, ref_log_probs: Tensor, *, kind: str) -> Tensor
         k1 = d,   k2 = ½ d²,   k3 = exp(−d) − 1 + d                                                     (Eq. 8.2)
 
     log_probs, ref_log_probs of one shape -> that shape, in nats. In expectation over the policy's tokens k1 and k3
-    equal the KL; k1 may be negative for a single token, k3 never; k2 is biased but close for small d. As losses, with the
-    states held fixed, their expected gradients are 0, ∇KL(π‖π_ref) and ∇KL(π_ref‖π). Raises ValueError for
+    equal the KL; k1 may be negative for a single token, k3 never; k2 is biased but close for small d. As losses, with
+    the states held fixed, their expected gradients are 0, ∇KL(π‖π_ref) and ∇KL(π_ref‖π). Raises ValueError for
     another kind or unequal shapes.
     Source: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
     """

@@ -1,7 +1,8 @@
 """PPO's clipped losses and the diagnostics that say whether an update went too far.
 
 `log_probs`, `old_log_probs`, `advantages`, `values`, `old_values`, `returns`, `mask` are (B, T); the losses average
-over the minibatch's real tokens and are minimised. What was recorded at rollout time is named `old_*` and held constant.
+over the minibatch's real tokens and are minimised. What was recorded at rollout time is named `old_*` and held
+constant.
 """
 
 import torch

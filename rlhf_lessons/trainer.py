@@ -128,10 +128,10 @@ class PPOTrainer:
     """Proximal policy optimisation of a language model against a score, on a leash to a reference.
 
     policy: a `CausalLMWithValueHead`, trained in place; reference: a language model of its own, frozen here;
-    score_fn: a
-    reward model that shares the tokenizer and scores the tokens themselves, or a function (prompts, responses) ->
-    (B,) floats of two lists of texts, EOS stripped; prompts: texts, drawn at random for each batch. Raises ValueError
-    for a reference that shares parameters with the policy, no prompts, or a prompt too long for the context.
+    score_fn: a reward model that shares the tokenizer and scores the tokens themselves, or a function (prompts,
+    responses) -> (B,) floats of two lists of texts, EOS stripped; prompts: texts, drawn at random for each batch.
+    Raises ValueError for a reference that shares parameters with the policy, no prompts, or a prompt too long for the
+    context.
     Source: Ziegler et al. 2019; Ouyang et al. 2022; Huang et al. 2024, "The N+ implementation details of RLHF with
     PPO".
     """
