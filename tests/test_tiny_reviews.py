@@ -223,7 +223,7 @@ def test_importing_the_module_does_not_import_transformers():
         (PROMPT, "good and the plot was good .", 1.0, 0, 2, 3, 1.0 - 2.0 - 0.75),
         (PROMPT, "good and the acting was funny .", 1.0, 0, 0, 0, 1.0),
         ("the plot was not", "good .", -0.5, 0, 0, 0, -0.5),  # the prompt's negation holds
-        ("the plot was good", "and funny .", 1.0, 0, 0, 0, 1.0),  # its sentiment is not counted
+        ("the plot was awful", "and funny .", 1.0, 0, 0, 0, 1.0),  # its sentiment is not counted
         (PROMPT, "<unk> .", 0.0, 2, 0, 0, -2.0),
     ],
 )
@@ -251,6 +251,7 @@ def test_negation_and_degree_reach_only_the_next_sentiment_word():
     assert tr.gold_terms(PROMPT, "not good and funny .").sentiment == pytest.approx((-0.5 + 1) / 2)
     assert tr.gold_terms(PROMPT, "very good and funny .").sentiment == pytest.approx(1.2)
     assert tr.gold_terms(PROMPT, "not , good .").sentiment == 1.0
+    assert tr.gold_terms(PROMPT, "not good funny .").sentiment == pytest.approx((-0.5 + 1) / 2)
 
 
 def test_shuffling_lowers_gold(reviews):
