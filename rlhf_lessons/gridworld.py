@@ -259,7 +259,8 @@ class GridWorld:
             if change < tolerance:
                 return v, q
         raise ValueError(
-            f"gamma: value iteration with gamma {self.gamma} did not converge in {max_sweeps} sweeps"
+            f"max_sweeps: {max_sweeps} sweeps did not converge; expected values to settle, which "
+            f"gamma {self.gamma} may not allow"
         )
 
     @torch.no_grad()

@@ -290,6 +290,21 @@ def test_samples_keep_the_conventions(name):
     assert torch.equal(walks.states, again.states)
 
 
+def test_a_first_cell_that_is_an_end_does_not_leak_into_masked_steps():
+    world = GridWorld("GS.", slip=0.1, step_reward=-0.5)
+    check_conventions(world, world.enumerate_trajectories(3))
+    check_conventions(world, world.sample(world.uniform_policy(), 50, horizon=5))
+
+
+def test_samples_follow_a_policy_that_depends_on_time():
+    world = GridWorld("S..G", actions=("left", "right"))
+    plan = torch.stack([always(world, action) for action in ("right", "left", "right")])
+    walks = world.sample(plan, 5, horizon=3, generator=seeded())
+    assert walks.actions.tolist() == [[1, 0, 1]] * 5
+    assert walks.next_states.tolist() == [[1, 0, 1]] * 5
+    assert walks.log_prob(plan.log()).tolist() == [0] * 5
+
+
 @pytest.mark.parametrize("name, horizon", TINY)
 def test_enumeration_is_complete_and_without_repeats(name, horizon):
     world = GridWorld.named(name)
