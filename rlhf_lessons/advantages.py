@@ -50,7 +50,7 @@ def td_residuals(
 
     Shapes and ends as in the module's docstring; returns (B, T), 0 where mask is False. An unbiased estimate of
     A(s_t, a_t) when V is the policy's own value function. Raises ValueError for unequal shapes or γ outside [0, 1].
-    Source: Sutton & Barto 2018, §6.1 (Eq. 6.5).
+    Source: Sutton & Barto 2018, §6.1.
     """
     check_discount("gamma", gamma)
     check_same_shape(rewards=rewards, values=values, terminated=terminated)

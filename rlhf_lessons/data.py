@@ -14,7 +14,7 @@ PREFERENCE_FIELDS = ("prompt", "chosen", "rejected")
 def read_lines(path: str | Path) -> list[tuple[int, str]]:
     """The non-empty lines of a UTF-8 text file with their numbers, counted from 1."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors open a file with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:
@@ -81,6 +81,20 @@ def encode_response(tokenizer, prompt: str, response: str) -> list[int]:
     """Token ids of a response to that prompt, EOS last: just what the policy would have had to sample."""
     joined = response if not prompt or prompt[-1].isspace() or response[:1].isspace() else " " + response
     return tokenizer(joined, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+
+
+def decode(tokenizer, tokens: Tensor, mask: Tensor) -> list[str]:
+    """Each row's real tokens as text, a begin token in front and an EOS at the end left out. tokens, mask (B, L).
+
+    Other special tokens stay visible: a policy that samples them should be scored for it.
+    """
+    texts = []
+    for row, real in zip(tokens.tolist(), mask.tolist(), strict=True):
+        ids = [token for token, is_real in zip(row, real, strict=True) if is_real]
+        ids = ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
+        ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+        texts.append(tokenizer.decode(ids).strip())
+    return texts
 
 
 def pad(sequences: list[list[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:

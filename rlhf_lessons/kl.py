@@ -23,7 +23,8 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     ref_log_probs = full_precision(ref_logits).log_softmax(dim=-1)
     probs = log_probs.exp()
     # p log p → 0 as p → 0: a token that the policy never picks costs nothing, whatever the reference thinks of it.
-    return torch.where(probs > 0, probs * (log_probs - ref_log_probs), 0).sum(dim=-1)
+    log_ratio = torch.where(probs > 0, log_probs - ref_log_probs, 0)
+    return (probs * log_ratio).sum(dim=-1)
 
 
 def sampled_kl(log_probs: Tensor, ref_log_probs: Tensor, *, kind: str) -> Tensor:
@@ -57,7 +58,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) 
     score − β·(log π(y|x) − log π_ref(y|x)). Raises ValueError for unequal shapes or kl_coef < 0.
     Source: Ziegler et al. 2019, "Fine-tuning language models from human preferences", §2.
     """
-    if kl_coef < 0:
+    if not kl_coef >= 0:
         raise ValueError(f"kl_coef must not be negative; got {kl_coef}")
     if scores.shape != kl.shape[:1]:
         raise ValueError(f"scores must be (B,) = {tuple(kl.shape[:1])}; got {tuple(scores.shape)}")
@@ -72,7 +73,7 @@ class FixedKL:
     """A coefficient β that stays as it is: `coef`."""
 
     def __init__(self, kl_coef: float) -> None:
-        if kl_coef < 0:
+        if not kl_coef >= 0:
             raise ValueError(f"kl_coef must not be negative; got {kl_coef}")
         self.coef = kl_coef
 

@@ -49,6 +49,7 @@ def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
 def masked_var(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Biased variance over the real tokens: mean of (x − mean)², without Bessel's correction. Returns a scalar."""
     mask = real_steps(x, mask)
+    x = torch.where(mask, x, 0)  # before the square: the gradient of NaN² would be 0·NaN
     return masked_mean((x - masked_mean(x, mask)).square(), mask)
 
 
@@ -61,6 +62,7 @@ def masked_whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = T
     Source: Ziegler et al. 2019, "Fine-tuning language models from human preferences", released code, core.py.
     """
     mask = real_steps(x, mask)
+    x = torch.where(mask, x, 0)
     mean = masked_mean(x, mask)
     white = (x - mean) * torch.rsqrt(masked_var(x, mask) + EPSILON)
     return torch.where(mask, white if shift_mean else white + mean, 0)

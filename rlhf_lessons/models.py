@@ -4,6 +4,7 @@ The only place that touches transformers' model classes. They are imported insid
 seconds and `--help` should not. Checkpoints are safetensors files; code that comes with a checkpoint is never run.
 """
 
+import contextlib
 import copy
 import inspect
 import json
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from rlhf_lessons.masking import position_ids
 from rlhf_lessons.policy_gradient import full_precision
 
+ASSETS = Path(__file__).parent / "assets"  # the tiny world's models: base, reward_model, aligned
 VALUE_HEAD_FILE = "value_head.safetensors"  # keys: weight (1, H), bias (1,)
 CRITIC_FOLDER = "critic"  # a separate critic's trunk, itself a Hugging Face checkpoint
 
@@ -97,9 +99,10 @@ class CausalLMWithValueHead(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the policy as a plain Hugging Face checkpoint, the value head and a separate critic beside it."""
         folder = Path(folder)
-        self.lm.save_pretrained(folder)
-        if self.critic is not None:
-            self.critic.save_pretrained(folder / CRITIC_FOLDER)
+        with quiet_transformers():
+            self.lm.save_pretrained(folder)
+            if self.critic is not None:
+                self.critic.save_pretrained(folder / CRITIC_FOLDER)
         save_file(
             {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()},
             folder / VALUE_HEAD_FILE,
@@ -116,9 +119,13 @@ class CausalLMWithValueHead(nn.Module):
         saved_critic = "separate" if (folder / CRITIC_FOLDER).is_dir() else "shared"
         model = cls(load_causal_lm(path), critic=critic or saved_critic)
         if (folder / VALUE_HEAD_FILE).exists() and (critic or saved_critic) == saved_critic:
-            model.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
+            try:
+                model.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
+            except (OSError, RuntimeError, SafetensorError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"cannot load a value head from {folder / VALUE_HEAD_FILE}: {reason[:300]}") from error
             if model.critic is not None:
-                model.critic = type(model.critic).from_pretrained(folder / CRITIC_FOLDER, use_safetensors=True)
+                model.critic = read_checkpoint(type(model.critic), folder / CRITIC_FOLDER)
         return model
 
 
@@ -134,6 +141,8 @@ class RewardModel(nn.Module):
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
+        if not hasattr(classifier, "score"):
+            raise ValueError(f"classifier must be a causal model with a score layer; got {type(classifier).__name__}")
         if classifier.config.num_labels != 1:
             raise ValueError(f"classifier must have one label; got {classifier.config.num_labels}")
         if classifier.config.pad_token_id is None:
@@ -150,15 +159,18 @@ class RewardModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (B,) of texts (B, L), padded on either side."""
-        # The classifier finds the last real token by its id, so what is masked must read as padding.
-        input_ids = input_ids.masked_fill(~attention_mask.bool(), self.config.pad_token_id)
-        output = self.classifier(
+        trunk = self.classifier.base_model
+        hidden = trunk(
             input_ids=input_ids,
             attention_mask=attention_mask,
             use_cache=False,
-            **position_arguments(self.classifier, attention_mask),
-        )
-        return (full_precision(output.logits.squeeze(-1)) - self.config.reward_mean) / self.config.reward_std
+            **position_arguments(trunk, attention_mask),
+        ).last_hidden_state
+        # By the mask and not, as the classifier itself would, by the padding's id: a policy can sample that token too.
+        steps = torch.arange(hidden.shape[1], device=hidden.device)
+        last = torch.where(attention_mask.bool(), steps, 0).amax(dim=1)
+        output = self.classifier.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        return (full_precision(output.squeeze(-1)) - self.config.reward_mean) / self.config.reward_std
 
     def normalize(self, scores: Tensor) -> None:
         """Make `scores`, given by this model, have mean 0 and standard deviation 1 from now on. scores: (N,)."""
@@ -170,21 +182,25 @@ class RewardModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a plain Hugging Face sequence-classification checkpoint."""
-        self.classifier.save_pretrained(folder)
+        with quiet_transformers():
+            self.classifier.save_pretrained(folder)
 
     @classmethod
-    def from_causal_lm(cls, path: str | Path, *, pad_token_id: int) -> "RewardModel":
+    def from_causal_lm(cls, path: str | Path, *, pad_token_id: int, seed: int = 0) -> "RewardModel":
         """Start from a language model's trunk, its vocabulary head replaced by a single output.
 
-        w is drawn with standard deviation 1/√(H+1), so that first scores are of size 1.
+        w is drawn from `seed` with standard deviation 1/√(H+1), so that first scores are of size 1.
         Source: Stiennon et al. 2020, released code.
         """
         from transformers import AutoModelForSequenceClassification
 
-        classifier = read_checkpoint(AutoModelForSequenceClassification, path, num_labels=1, pad_token_id=pad_token_id)
-        head = list(classifier.children())[-1]
-        nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
-        return cls(classifier)
+        model = cls(
+            read_checkpoint(AutoModelForSequenceClassification, path, num_labels=1, pad_token_id=pad_token_id)
+        )
+        head = model.classifier.score
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1), generator=generator)
+        return model
 
 
 def load_reward_model(path: str | Path) -> RewardModel:
@@ -213,11 +229,28 @@ def load_causal_lm(path: str | Path) -> nn.Module:
     return lm
 
 
+@contextlib.contextmanager
+def quiet_transformers():
+    """No progress bars and no reports of loading and saving: what matters there is raised as an error."""
+    from transformers.utils import logging
+
+    level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bar:
+            logging.enable_progress_bar()
+
+
 def read_checkpoint(auto_class, path: str | Path, **options):
     """`auto_class.from_pretrained`, with what goes wrong said in one line (ValueError)."""
     options = dict(dtype=torch.float32, use_safetensors=True, **options)
     try:
-        loaded = auto_class.from_pretrained(str(path), **options)
+        with quiet_transformers():
+            loaded = auto_class.from_pretrained(str(path), **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot load a model from {str(path)!r}: {reason[:300]}") from error
@@ -230,8 +263,9 @@ def without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, rate in vars(module).items():  # some layers keep the rate as a number and drop by a function
+            if name.endswith(("dropout", "layerdrop")) and isinstance(rate, float):
+                setattr(module, name, 0.0)
     return model
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rlhf_lessons.data import encode_prompt, pad
+from rlhf_lessons.data import decode, encode_prompt, pad
 from rlhf_lessons.fitting import fit_language_model, fit_reward_model, make_accelerator
 from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
@@ -230,8 +230,12 @@ class PPOTrainer:
         return self.config.learning_rate * (1 - done)
 
     def texts(self, batch: RolloutBatch) -> tuple[list[str], list[str]]:
-        """A batch's prompts and responses as text, special tokens stripped."""
-        return self._decode(batch.tokens[:, : batch.prompt_length]), self._decode(batch.responses)
+        """A batch's prompts and responses as text: begin token and final EOS stripped, any other token shown."""
+        split = batch.prompt_length
+        return (
+            decode(self.tokenizer, batch.tokens[:, :split], batch.attention_mask[:, :split]),
+            decode(self.tokenizer, batch.responses, batch.response_mask),
+        )
 
     def losses(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The PPO loss of these rows with the current policy, and its parts. Means over their real tokens."""
@@ -313,7 +317,8 @@ class PPOTrainer:
         if isinstance(self.score_fn, nn.Module):
             return self.score_fn(tokens, attention_mask)
         split = tokens.shape[1] - response_mask.shape[1]
-        scores = self.score_fn(self._decode(tokens[:, :split]), self._decode(tokens[:, split:]))
+        prompts = decode(self.tokenizer, tokens[:, :split], attention_mask[:, :split])
+        scores = self.score_fn(prompts, decode(self.tokenizer, tokens[:, split:], response_mask))
         scores = torch.as_tensor(scores, dtype=torch.get_default_dtype(), device=tokens.device)
         if scores.shape != tokens.shape[:1]:
             raise ValueError(
@@ -322,9 +327,6 @@ class PPOTrainer:
         if not scores.isfinite().all():
             raise ValueError("score_fn must return finite numbers; got NaN or infinity")
         return scores
-
-    def _decode(self, tokens: Tensor) -> list[str]:
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def _encode_prompts(self, model_config) -> list[list[int]]:
         if not self.prompts:
