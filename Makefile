@@ -1,0 +1,49 @@
+# Each target sets up .venv by itself the first time. Options go through ARGS, e.g. make ppo ARGS="--kl-coef 0".
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.ready
+
+.PHONY: ppo test proof notebooks lab figures assets lint mutants bench clean
+
+ppo: $(READY)           ## align the tiny language model and write its report
+	$(PY) -m rlhf_lessons run $(ARGS)
+
+test: $(READY)          ## unit tests, then every notebook
+	$(PY) -m pytest tests -n 2 --dist loadfile -q
+	$(PY) tests/notebooks.py check
+	$(PY) -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout 180 -n 2 --dist loadfile -q
+
+proof: $(READY)         ## one line per claim: what was claimed, the exact value, the obtained one
+	$(PY) -m pytest tests/proof -n 2 --dist loadfile -q
+
+lab: $(READY)           ## the lessons in Jupyter
+	$(PY) -m jupyter lab notebooks $(ARGS)
+
+notebooks: $(READY)     ## execute the notebooks anew and store their outputs
+	$(PY) tests/notebooks.py execute $(ARGS)
+
+figures: $(READY)       ## the recorded runs and the README's pictures
+	$(PY) -m rlhf_lessons figures $(ARGS)
+
+assets: $(READY)        ## rebuild the shipped models and compare them with the shipped ones
+	$(PY) -m rlhf_lessons assets $(ARGS)
+
+mutants: $(READY)       ## plant one mistake at a time and see the tests fail
+	$(PY) tests/mutants.py $(ARGS)
+
+bench: $(READY)         ## speed and memory
+	$(PY) -m rlhf_lessons bench $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf .venv build *.egg-info
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -r requirements.txt
+	touch $(READY)
