@@ -1,0 +1,87 @@
+"""The map from each numbered equation to the function that computes it, the tests that check it and its lesson.
+
+Everything is read from the sources: the label "(Eq. 5.4)" in a docstring, `@pytest.mark.equation("5.4")` on a test,
+the label and a call in notebook 05.
+"""
+
+import ast
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+LABEL = re.compile(r"\(Eq\. (\d+\.\d+)\)")
+
+
+@dataclass(frozen=True)
+class Equation:
+    """One numbered equation and where it stands."""
+
+    label: str  # "5.4"
+    function: str  # "advantages.gae"
+    tests: tuple[str, ...]  # "tests/test_advantages.py::test_..."
+    lesson: str | None  # "05_gae", where the lesson shows the label and calls the function
+
+    @property
+    def name(self) -> str:
+        """The function's name without its module."""
+        return self.function.rpartition(".")[2]
+
+
+def labelled_functions() -> list[tuple[str, str]]:
+    """(label, module.function) of every label in a docstring of a function, method or class of the package."""
+    found = []
+    for file in sorted(PACKAGE.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found += [(label, f"{file.stem}.{node.name}") for label in LABEL.findall(ast.get_docstring(node) or "")]
+    return sorted(found, key=lambda pair: tuple(map(int, pair[0].split("."))))
+
+
+def marked_tests(folder: Path) -> dict[str, list[str]]:
+    """For each label, the tests under `folder` that are marked with it."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(folder.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for mark in getattr(node, "decorator_list", []):
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.equation":
+                    for label in (argument.value for argument in mark.args):
+                        found.setdefault(label, []).append(f"{file.relative_to(folder.parent)}::{node.name}")
+    return found
+
+
+def lesson_of(label: str, name: str, folder: Path) -> str | None:
+    """The lesson with the label's number, if its text shows the label and its code names the function."""
+    for file in sorted(folder.glob(f"{int(label.split('.')[0]):02d}_*.ipynb")):
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        text, code = (
+            "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == k) for k in ("markdown", "code")
+        )
+        if label in LABEL.findall(text) and re.search(rf"\b{name}\b", code):
+            return file.stem
+    return None
+
+
+def equation_map(root: Path = PACKAGE.parent) -> list[Equation]:
+    """All equations of the package, with the tests and lessons found beside it in a checkout."""
+    tests = marked_tests(root / "tests")
+    return [
+        Equation(
+            label,
+            function,
+            tuple(tests.get(label, ())),
+            lesson_of(label, function.rpartition(".")[2], root / "notebooks"),
+        )
+        for label, function in labelled_functions()
+    ]
+
+
+def equation_table(equations: list[Equation]) -> str:
+    """The map as a Markdown table."""
+    lines = ["| equation | function | tests | lesson |", "| --- | --- | --- | --- |"]
+    for eq in equations:
+        first = eq.tests[0] if eq.tests else "–"
+        more = f" and {len(eq.tests) - 1} more" if len(eq.tests) > 1 else ""
+        lines.append(f"| {eq.label} | `{eq.function}` | `{first}`{more} | {eq.lesson or '–'} |")
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""Ratios and weighted means, held against distributions small enough to sum over."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_lessons.importance import effective_sample_size, importance_mean, importance_ratio
+
+NAN, INF = math.nan, math.inf
+F64 = torch.float64
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+@pytest.mark.equation("6.1")
+def test_ratio_by_hand():
+    new, old = torch.tensor([0.5, 0.1, 0.3], dtype=F64), torch.tensor([0.25, 0.2, 0.3], dtype=F64)
+    torch.testing.assert_close(importance_ratio(new.log(), old.log()), torch.tensor([2, 0.5, 1], dtype=F64))
+    assert importance_ratio(torch.tensor([-800.0]), torch.tensor([-800.0])).item() == 1  # both underflow to 0
+    assert importance_ratio(torch.tensor([-INF]), torch.tensor([-1.0])).item() == 0
+
+
+@pytest.mark.equation("6.1")
+def test_ratio_moves_an_expectation_from_one_policy_to_the_other():
+    new, old, f = normal(6).log_softmax(0), normal(6, seed=1).log_softmax(0), normal(6, seed=2)
+    ratio = importance_ratio(new, old)
+    assert (old.exp() * ratio).sum().item() == pytest.approx(1)
+    assert (old.exp() * ratio * f).sum().item() == pytest.approx((new.exp() * f).sum().item())
+
+
+def test_gradient_of_the_ratio_is_ratio_times_score():
+    log_probs, old = normal(5).requires_grad_(), normal(5, seed=1)
+    ratio = importance_ratio(log_probs, old)
+    (grad,) = torch.autograd.grad(ratio.sum(), log_probs)
+    torch.testing.assert_close(grad, (log_probs.detach() - old).exp())
+
+
+def test_ratio_rejects_other_shapes():
+    with pytest.raises(ValueError, match=r"old_log_probs must have the shape of log_probs, \(2, 3\); got \(3,\)"):
+        importance_ratio(torch.zeros(2, 3), torch.zeros(3))
+
+
+@pytest.mark.equation("6.2")
+def test_means_by_hand():
+    f, weights = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([3.0, 0.0, 1.0])
+    assert importance_mean(f, weights).item() == 9 / 3
+    assert importance_mean(f, weights, self_normalized=True).item() == 9 / 4
+    assert importance_mean(f, torch.ones(3)).item() == 3
+
+
+@pytest.mark.equation("6.2")
+def test_mean_over_a_full_sample_is_the_expectation_under_the_other_distribution():
+    q = torch.tensor([0.5, 0.25, 0.25], dtype=F64)
+    p, f = torch.tensor([0.1, 0.6, 0.3], dtype=F64), torch.tensor([2.0, -1.0, 4.0], dtype=F64)
+    samples = torch.tensor([0, 0, 1, 2])  # each as often as it is likely under q
+    expected = 0.1 * 2 - 0.6 + 0.3 * 4
+    for self_normalized in (False, True):
+        mean = importance_mean(f[samples], (p / q)[samples], self_normalized=self_normalized)
+        assert mean.item() == pytest.approx(expected)
+
+
+@pytest.mark.equation("6.2")
+def test_the_plain_mean_is_unbiased_and_the_self_normalised_one_is_not():
+    """Both, averaged exactly over all samples of size two."""
+    q, p = torch.tensor([0.5, 0.3, 0.2], dtype=F64), torch.tensor([0.2, 0.2, 0.6], dtype=F64)
+    f = torch.tensor([1.0, 5.0, -2.0], dtype=F64)
+    averages = {}
+    for self_normalized in (False, True):
+        averages[self_normalized] = sum(
+            (q[i] * q[j] * importance_mean(f[[i, j]], (p / q)[[i, j]], self_normalized=self_normalized)).item()
+            for i in range(3)
+            for j in range(3)
+        )
+    assert averages[False] == pytest.approx((p * f).sum().item(), rel=1e-12)
+    assert abs(averages[True] - (p * f).sum().item()) > 0.1
+
+
+def test_self_normalised_mean_ignores_the_scale_and_stays_in_range():
+    f, weights = normal(6), normal(6, seed=1).exp()
+    mean = importance_mean(f, weights, self_normalized=True)
+    torch.testing.assert_close(importance_mean(f, 1e6 * weights, self_normalized=True), mean)
+    assert f.min() <= mean <= f.max()
+    torch.testing.assert_close(importance_mean(f, 3 * weights), 3 * importance_mean(f, weights))
+
+
+def test_mean_rejects_other_shapes():
+    with pytest.raises(ValueError, match=r"weights must have the shape of f, \(3,\); got \(2,\)"):
+        importance_mean(torch.zeros(3), torch.zeros(2))
+
+
+@pytest.mark.equation("6.3")
+def test_effective_sample_size_by_hand():
+    assert effective_sample_size(torch.ones(7)).item() == 7
+    assert effective_sample_size(torch.tensor([0.0, 5.0, 0.0])).item() == 1
+    assert effective_sample_size(torch.tensor([1.0, 3.0], dtype=F64)).item() == pytest.approx(16 / 10)
+
+
+@pytest.mark.equation("6.3")
+def test_effective_sample_size_from_the_spread_of_the_weights():
+    weights = normal(9).exp()
+    variation = weights.var(correction=0) / weights.mean().square()
+    torch.testing.assert_close(effective_sample_size(weights), 9 / (1 + variation))
+
+
+@pytest.mark.equation("6.3")
+def test_effective_sample_size_is_what_the_variance_of_a_mean_shows():
+    """Values of variance 1 averaged with weights w have the variance of a plain mean over N_eff of them."""
+    weights = normal(8, seed=3).exp()
+    share = weights / weights.sum()
+    torch.testing.assert_close(share.square().sum(), 1 / effective_sample_size(weights))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-5, 1e30])
+def test_effective_sample_size_ignores_the_scale(scale):
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    assert effective_sample_size(scale * weights).item() == pytest.approx(36 / 14, rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1e-9], [1.0, NAN], [1.0, INF], []])
+def test_effective_sample_size_rejects_bad_weights(weights):
+    with pytest.raises(ValueError, match="weights must be finite, not negative and not all 0"):
+        effective_sample_size(torch.tensor(weights))
