@@ -1,0 +1,263 @@
+"""What notebooks print: a function's source, a response token by token, samples side by side, equations, progress.
+
+Everything is plain text that comes out the same on every machine: no object addresses, no times, no colours.
+"""
+
+import ast
+import inspect
+import re
+import sys
+import textwrap
+import time
+import unicodedata
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from tqdm import tqdm
+
+REFRESH_SECONDS = 0.5  # between two updates of a notebook's progress line
+LABEL = re.compile(r"\(Eq\. (\d+\.\d+)\)")
+
+
+# ---- source and equations --------------------------------------------------------------
+
+
+def show_source(function: Callable, *, docstring: bool = False) -> None:
+    """Print the source of a function or class, each docstring cut to its first line unless `docstring`.
+
+    Raises ValueError for what has no Python source.
+    """
+    print(source_of(function, docstring=docstring))
+
+
+def source_of(function: Callable, *, docstring: bool = False) -> str:
+    """The text that `show_source` prints."""
+    try:
+        source = textwrap.dedent(inspect.getsource(function)).rstrip()
+    except (TypeError, OSError) as error:
+        raise ValueError(f"function: expected a Python function or class; got {type(function).__name__}") from error
+    return source if docstring else with_short_docstrings(source)
+
+
+def with_short_docstrings(source: str) -> str:
+    """Source code in which every docstring is its first line alone."""
+    lines = source.splitlines()
+    documented = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented) and ast.get_docstring(node)]
+    for node in sorted(nodes, key=lambda node: node.lineno, reverse=True):  # from below, so that line numbers stay true
+        start, end = node.body[0].lineno - 1, node.body[0].end_lineno
+        if end > start + 1:
+            first = lines[start].rstrip()
+            opens_alone = first.strip() in ('"""', 'r"""')  # the text begins on the next line
+            lines[start:end] = [first + (lines[start + 1].strip() if opens_alone else "") + '"""']
+    return "\n".join(lines)
+
+
+def equation_table(*functions: Callable) -> None:
+    """Print, for each function, the label and text of its equations and its name: the recap of a lesson.
+
+    Equations are read from the docstrings, where each stands with its "(Eq. n.m)". Rows are in the order of the labels.
+    Raises ValueError for a function without one.
+    """
+    if not functions:
+        raise ValueError("functions: expected at least one; got none")
+    rows = [(label, name_of(f), equation) for f in functions for label, equation in equations_of(f)]
+    rows.sort(key=lambda row: [int(part) for part in row[0].split(".")])
+    print(aligned([(f"(Eq. {label})", name, equation) for label, name, equation in rows]))
+
+
+def equations_of(function: Callable) -> list[tuple[str, str]]:
+    """(label, equation) for each labelled equation of a docstring, every run of blanks made one."""
+    found = []
+    for paragraph in re.split(r"\n\s*\n", inspect.getdoc(function) or ""):
+        labels = LABEL.findall(paragraph)
+        if labels:
+            found.append((labels[0], " ".join(LABEL.sub(" ", paragraph).split())))
+    if not found:
+        raise ValueError(f'functions: expected a docstring with "(Eq. n.m)"; {function.__qualname__} has none')
+    return found
+
+
+def name_of(function: Callable) -> str:
+    """Module and name within the package: "advantages.gae", "gridworld.GridWorld.policy_evaluation"."""
+    return f"{function.__module__.removeprefix('rlhf_lessons.')}.{function.__qualname__}"
+
+
+# ---- tables of text --------------------------------------------------------------------
+
+
+def width_of(text: str) -> int:
+    """Columns that a text takes: combining marks none, wide East Asian characters two."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def visible(token: str) -> str:
+    """A token on one line: a line break is shown as ↵."""
+    return token.replace("\n", "↵")
+
+
+def padded(text: str, width: int, *, right: bool = False) -> str:
+    blanks = " " * (width - width_of(text))
+    return blanks + text if right else text + blanks
+
+
+def aligned(rows: Sequence[Sequence[str]], *, numbers_from: int | None = None) -> str:
+    """Rows as lines with aligned columns, two blanks apart; columns from `numbers_from` on are set to the right."""
+    widths = [max(map(width_of, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            padded(cell, width, right=numbers_from is not None and i >= numbers_from)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def token_table(tokens: Sequence[str], quantities: dict[str, Sequence | Tensor], *, digits: int = 2) -> None:
+    """Print one line per token with its position and quantities: quantities[name] (T,).
+
+    Raises ValueError when a quantity has not one number per token.
+    """
+    if not tokens:
+        raise ValueError("tokens: expected at least one; got none")
+    columns = []
+    for name, values in quantities.items():
+        values = values.tolist() if isinstance(values, Tensor) else list(values)
+        if len(values) != len(tokens):
+            raise ValueError(f"quantities[{name!r}]: expected {len(tokens)} numbers, one per token; got {len(values)}")
+        columns.append([number(value, digits) for value in values])
+    rows = [[str(t), visible(token), *cells] for t, (token, *cells) in enumerate(zip(tokens, *columns, strict=True))]
+    print(aligned([["t", "token", *quantities], *rows], numbers_from=2))
+
+
+def number(value: float, digits: int) -> str:
+    """A number with `digits` decimals, zero without a sign; a whole number and True or False as they are."""
+    if isinstance(value, int):  # bool too
+        return str(value)
+    text = f"{value:.{digits}f}"
+    return text[1:] if text.startswith("-") and not text.strip("-0.") else text
+
+
+def compare_texts(
+    prompts: Sequence[str],
+    before: Sequence[str],
+    after: Sequence[str],
+    *,
+    scores: dict[str, tuple[Sequence | Tensor, Sequence | Tensor]] | None = None,
+    width: int = 36,
+) -> None:
+    """Print responses to the same prompts side by side, before and after training, with their scores beneath.
+
+    scores[name] = (of `before`, of `after`), each (N,). Raises ValueError for unequal lengths.
+    """
+    pairs = {name: (list(map(float, a)), list(map(float, b))) for name, (a, b) in (scores or {}).items()}
+    counted = [("before", before), ("after", after)]
+    counted += [(f"scores[{name!r}]", side) for name, sides in pairs.items() for side in sides]
+    for name, values in counted:
+        if len(values) != len(prompts):
+            raise ValueError(f"{name}: expected {len(prompts)} entries, one per prompt; got {len(values)}")
+    print(f"{'before':<{width}} | after")
+    for i, prompt in enumerate(prompts):
+        print(f"{'-' * width}-+-{'-' * width}")
+        print(f"> {prompt}")
+        print_beside(textwrap.wrap(before[i], width), textwrap.wrap(after[i], width), width)
+        columns = ["  ".join(f"{name} {number(s[k][i], 2)}" for name, s in pairs.items()) for k in (0, 1)]
+        if pairs:
+            print_beside([f"[{columns[0]}]"], [f"[{columns[1]}]"], width)
+
+
+def print_beside(left: list[str], right: list[str], width: int) -> None:
+    for i in range(max(len(left), len(right), 1)):
+        a, b = (side[i] if i < len(side) else "" for side in (left, right))
+        print(f"{padded(a, width)} | {b}".rstrip())
+
+
+# ---- progress --------------------------------------------------------------------------
+
+
+class Progress:
+    """A line that follows long work and, at its end, leaves "50/50 iterations  reward 2.1  KL 6.4".
+
+    In a terminal it is a bar with the time left; in a notebook one line of text that replaces itself; elsewhere nothing
+    is shown until the end. What remains holds no time, so that a notebook's output does not depend on the machine.
+    """
+
+    def __init__(self, total: int, *, unit: str = "iterations", show: dict[str, str] | None = None) -> None:
+        if total < 1:
+            raise ValueError(f"total: expected at least 1; got {total}")
+        self.total, self.unit = total, unit
+        self.show = {"reward": "score", "KL": "kl"} if show is None else show
+        self.step, self.metrics, self.closed = 0, {}, False
+        self.started = self.shown = time.monotonic()
+        self.bar = tqdm(total=total, unit=f" {unit}", leave=False) if sys.stderr.isatty() else None
+        self.handle = notebook_line()
+
+    def __call__(self, step: int, metrics: dict[str, float], batch=None) -> None:
+        """Report that `step` steps are done: `PPOTrainer.train(on_step=progress)`. Closes itself after the last."""
+        self.step, self.metrics = step, metrics
+        if step >= self.total:
+            self.close()
+        elif self.bar is not None:
+            self.bar.set_postfix_str(self.summary(), refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif self.handle is not None and time.monotonic() - self.shown >= REFRESH_SECONDS:
+            self.shown = time.monotonic()
+            left = (self.shown - self.started) * (self.total - step) / step
+            self.handle(f"{self.line()}  {left:.0f} s left")
+
+    def summary(self) -> str:
+        """The metrics that are shown, of those that there are."""
+        known = {label: self.metrics[name] for label, name in self.show.items() if self.metrics.get(name) is not None}
+        return "  ".join(f"{label} {number(float(value), 1)}" for label, value in known.items())
+
+    def line(self) -> str:
+        """Steps done and metrics: what remains at the end."""
+        return f"{self.step}/{self.total} {self.unit}  {self.summary()}".rstrip()
+
+    def close(self) -> None:
+        """Leave the final line; called by the last step, or by hand where the work ends early."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.bar is not None:
+            self.bar.close()
+        if self.handle is not None:
+            self.handle(self.line())
+        else:
+            print(self.line())
+
+
+def progress(total: int, *, unit: str = "iterations", show: dict[str, str] | None = None) -> Progress:
+    """A progress line as `on_step` callback: `trainer.train(on_step=progress(50))`. show: label -> name of a metric."""
+    return Progress(total, unit=unit, show=show)
+
+
+def fit_progress(unit: str = "steps") -> Callable[[int, int, float], None]:
+    """The same for `fit_language_model` and `fit_reward_model`, whose callbacks get (step, steps, loss)."""
+    line: list[Progress] = []
+
+    def on_step(step: int, steps: int, loss: float) -> None:
+        if not line:
+            line.append(Progress(steps, unit=unit, show={"loss": "loss"}))
+        line[0](step, {"loss": loss})
+
+    return on_step
+
+
+def notebook_line() -> Callable[[str], None] | None:
+    """A function that shows a line of text in a notebook and replaces it when called again; None outside of one."""
+    if "ipykernel" not in sys.modules:  # a kernel has loaded both modules
+        return None
+    from IPython import get_ipython
+    from IPython.display import DisplayHandle
+
+    if not hasattr(get_ipython(), "kernel"):
+        return None
+    handle, shown = DisplayHandle(), []
+
+    def show(line: str) -> None:
+        data = {"text/plain": line}
+        (handle.update if shown else handle.display)(data, raw=True)
+        shown.append(line)
+
+    return show

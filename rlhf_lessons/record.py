@@ -1,0 +1,115 @@
+"""What is committed and shipped, made anew: the tiny world's models, the recorded runs, the README's pictures."""
+
+import math
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rlhf_lessons import plots, stages, tiny_reviews
+from rlhf_lessons.data import encode_prompt, pad
+from rlhf_lessons.fitting import language_model_loss, preference_accuracy
+from rlhf_lessons.models import ASSETS, load_causal_lm, load_reward_model, load_tokenizer
+from rlhf_lessons.report import RunFolder, read_metrics, summary_table
+from rlhf_lessons.sources import Sources
+from rlhf_lessons.trainer import PPOConfig
+
+BASE_MODEL = stages.StageConfig(
+    layers=2, width=96, heads=4, context=48, lm_epochs=1.0, lm_batch_size=64, lm_learning_rate=4e-3
+)
+ASSET_NAMES = {"base": "base_model", "reward_model": "reward_model", "aligned": "policy"}  # shipped name -> run's name
+TOLERANCES = {"perplexity": 0.2, "accuracy": 0.04, "gold": 0.5}  # between a rebuilt asset and the shipped one
+RECORDED_FILES = ("config.json", "metrics.jsonl", "summary.json", "samples.md")
+KL_COEFS = (0.0, 0.02, 0.05, 0.1, 0.2)
+SEEDS = (0, 1, 2)
+
+
+def build_assets(folder: Path) -> None:
+    """Train the base model, the reward model and the aligned policy from fixed seeds, with the default settings."""
+    sources, config = Sources(), PPOConfig()
+    with tempfile.TemporaryDirectory() as scratch:
+        made = RunFolder(Path(scratch) / "assets")
+        base = stages.pretrain(sources, BASE_MODEL, config, made)
+        stages.run(replace(sources, model=str(base)), stages.StageConfig(), config, made)
+        for name, made_name in ASSET_NAMES.items():
+            shutil.copytree(made.path / made_name, folder / name, dirs_exist_ok=True)
+
+
+def measure_assets(folder: Path) -> dict[str, float]:
+    """How the tiny world's three models behave, on texts drawn anew: what a rebuilt set is compared by.
+
+    perplexity: of the base model, per token; accuracy: of the reward model, on annotated pairs; gold: mean gold
+    reward of the aligned policy's responses.
+    """
+    tokenizer = load_tokenizer(folder / "base")
+    generator = torch.Generator().manual_seed(20_000)
+    texts = tiny_reviews.sample_corpus(1000, generator)
+    tokens, mask = pad(
+        [encode_prompt(tokenizer, text) + [tokenizer.eos_token_id] for text in texts],
+        tokenizer.pad_token_id,
+        side="right",
+    )
+    pairs = stages.annotated_preferences(folder / "base", 1000, seed=20_001)
+    prompts = tiny_reviews.prompts(500, generator)
+    responses = stages.respond(load_causal_lm(folder / "aligned"), tokenizer, prompts, generator=generator)
+    with torch.no_grad():
+        return {
+            "perplexity": math.exp(language_model_loss(load_causal_lm(folder / "base"), tokens, mask)),
+            "accuracy": preference_accuracy(load_reward_model(folder / "reward_model"), pairs, tokenizer),
+            "gold": float(tiny_reviews.gold_reward(prompts, responses).mean()),
+        }
+
+
+def rebuild_assets(folder: Path) -> bool:
+    """Build the assets in a folder and print them beside the shipped ones. Returns whether they behave alike."""
+    build_assets(folder)
+    shipped, rebuilt = measure_assets(ASSETS), measure_assets(folder)
+    print("| | shipped | rebuilt | tolerance |\n| --- | ---: | ---: | ---: |")
+    for name, tolerance in TOLERANCES.items():
+        print(f"| {name} | {shipped[name]:.3f} | {rebuilt[name]:.3f} | {tolerance} |")
+    return all(abs(shipped[name] - rebuilt[name]) <= tolerance for name, tolerance in TOLERANCES.items())
+
+
+def run_name(kl_coef: float, seed: int) -> str:
+    """The folder of a recorded run."""
+    return f"kl{kl_coef:g}-seed{seed}"
+
+
+def record_runs(folder: Path, kl_coefs=KL_COEFS, seeds=SEEDS) -> None:
+    """`run` with default settings for each β and seed; settings, metrics and samples are kept, finished runs left."""
+    for seed in seeds:
+        for kl_coef in kl_coefs:
+            target = folder / run_name(kl_coef, seed)
+            if (target / "summary.json").exists():
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                made = RunFolder(Path(scratch) / "run")
+                config = replace(PPOConfig(), kl_coef=kl_coef, seed=seed)
+                stages.run(Sources(), stages.StageConfig(), config, made)
+                target.mkdir(parents=True, exist_ok=True)
+                for name in RECORDED_FILES:
+                    shutil.copy(made.path / name, target / name)
+
+
+def draw_figures(folder: Path, runs: Path) -> None:
+    """The README's pictures, from the recorded runs."""
+    plots.use_style()
+    recorded = {b: [read_metrics(runs / run_name(b, seed)) for seed in SEEDS] for b in KL_COEFS}
+    beta = PPOConfig().kl_coef
+    panels = {"without a KL penalty (β = 0)": recorded[0.0], f"with it (β = {beta:g})": recorded[beta]}
+    plots.save(plots.proxy_and_gold(panels), folder / "reward_hacking.png")
+    plots.save(
+        plots.overoptimisation({f"β = {b:g}": rows for b, rows in recorded.items()}), folder / "overoptimisation.png"
+    )
+    plots.save(plots.four_models(), folder / "four_models.png")
+    plots.save(plots.clip_regions(), folder / "clip_regions.png")
+
+
+def figures(folder: Path) -> None:
+    """Record what is missing of the runs, draw the README's pictures and print its table."""
+    runs = folder / "runs"
+    record_runs(runs)
+    draw_figures(folder, runs)
+    print(summary_table([runs / run_name(b, seed) for b in (PPOConfig().kl_coef, 0.0) for seed in SEEDS]))

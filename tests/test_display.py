@@ -1,0 +1,275 @@
+"""What notebooks print, to the letter."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from rlhf_lessons import display
+from rlhf_lessons.advantages import gae, td_residuals
+from rlhf_lessons.gridworld import GridWorld
+from rlhf_lessons.models import CausalLMWithValueHead
+
+
+def double(x):
+    """Twice a number.
+
+        y = 2 x                                     (Eq. 12.3)
+
+    Raises nothing.
+    """
+    # A comment that stays.
+    return 2 * x
+
+
+class Pair:
+    """
+    Two numbers.
+
+    And more about them.
+    """
+
+    def total(self):
+        """Their sum,
+        in nats.
+
+            s = a
+                + b   (Eq. 2.10)
+        """
+        return sum(self)
+
+    def bare(self):
+        return None
+
+
+# ---- source and equations --------------------------------------------------------------
+
+
+def test_source_is_printed_with_one_line_of_docstring(capsys):
+    display.show_source(double)
+    assert capsys.readouterr().out == (
+        'def double(x):\n    """Twice a number."""\n    # A comment that stays.\n    return 2 * x\n'
+    )
+
+
+def test_source_can_keep_its_docstring(capsys):
+    display.show_source(double, docstring=True)
+    out = capsys.readouterr().out
+    assert "y = 2 x   " in out and out.endswith("    return 2 * x\n")
+
+
+def test_source_of_a_class_has_short_docstrings_throughout():
+    assert display.source_of(Pair).splitlines() == [
+        "class Pair:",
+        '    """Two numbers."""',
+        "",
+        "    def total(self):",
+        '        """Their sum,"""',
+        "        return sum(self)",
+        "",
+        "    def bare(self):",
+        "        return None",
+    ]
+
+
+def test_source_of_a_method_begins_at_the_margin():
+    assert display.source_of(Pair.total).startswith("def total(self):\n    ")
+
+
+@pytest.mark.parametrize("function", [gae, td_residuals, GridWorld, CausalLMWithValueHead])
+def test_printed_source_is_python_that_does_the_same(function):
+    short, whole = display.source_of(function), display.source_of(function, docstring=True)
+    assert len(short.splitlines()) < len(whole.splitlines())
+    assert code_without_docstrings(short) == code_without_docstrings(whole)
+
+
+def code_without_docstrings(source: str) -> list[tuple]:
+    code = compile(source, "x", "exec", optimize=2)  # 2 drops docstrings
+    return [(c.co_code, c.co_names) for c in nested(code)]
+
+
+def nested(code: types.CodeType):
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from nested(constant)
+
+
+def test_what_has_no_source_is_refused():
+    for thing in (len, 3):
+        with pytest.raises(ValueError, match="function: expected a Python function or class"):
+            display.show_source(thing)
+
+
+def test_equations_are_listed_by_label_with_their_functions(capsys):
+    display.equation_table(double, Pair.total)
+    name = __name__
+    width = len(f"{name}.Pair.total")
+    assert capsys.readouterr().out == (
+        f"(Eq. 2.10)  {name}.Pair.total  s = a + b\n(Eq. 12.3)  {f'{name}.double':<{width}}  y = 2 x\n"
+    )
+
+
+def test_equations_of_the_package_are_found(capsys):
+    display.equation_table(gae, td_residuals, GridWorld.policy_evaluation, CausalLMWithValueHead)
+    first, second, third, fourth = capsys.readouterr().out.splitlines()
+    assert first.startswith("(Eq. 4.4)  gridworld.GridWorld.policy_evaluation  V = (I")
+    assert second.split("  ")[:2] == ["(Eq. 5.1)", "advantages.td_residuals"]
+    assert "δ_t = r_t + γ V(s_{t+1}) − V(s_t)" in second and "Â_t = Σ_k" in third
+    assert fourth.endswith("V(s_t) = w·h_t + b")
+
+
+def test_a_function_without_a_label_is_refused():
+    with pytest.raises(ValueError, match=r'functions: expected a docstring with "\(Eq. n.m\)"; Pair.bare has none'):
+        display.equation_table(Pair.bare)
+    with pytest.raises(ValueError, match="functions: expected at least one"):
+        display.equation_table()
+
+
+# ---- tables ----------------------------------------------------------------------------
+
+
+def test_tokens_are_aligned_with_their_numbers(capsys):
+    quantities = {"reward": [0.012, -1.5], "ratio": torch.tensor([1.0, 12.3]), "real": [True, False]}
+    display.token_table(["superb", "\n"], quantities)
+    assert capsys.readouterr().out == (
+        "t  token   reward  ratio   real\n0  superb    0.01   1.00   True\n1  ↵        -1.50  12.30  False\n"
+    )
+
+
+def test_columns_are_aligned_by_what_is_seen():
+    rows = [["R̂", "1"], ["好", "2"], ["ab", "3"]]
+    assert display.aligned(rows) == "R̂   1\n好  2\nab  3"
+
+
+def test_zero_has_no_sign():
+    assert [display.number(x, 1) for x in (-0.04, -0.06, 0.0, -10.0)] == ["0.0", "-0.1", "0.0", "-10.0"]
+
+
+def test_a_quantity_needs_a_number_per_token():
+    with pytest.raises(ValueError, match=r"quantities\['kl'\]: expected 2 numbers, one per token; got 1"):
+        display.token_table(["a", "b"], {"kl": [1.0]})
+    with pytest.raises(ValueError, match="tokens: expected at least one"):
+        display.token_table([], {})
+
+
+def test_texts_stand_side_by_side_with_their_scores(capsys):
+    display.compare_texts(
+        ["the plot was", "i"],
+        ["dull and long .", "slept ."],
+        ["superb .", "loved it all ."],
+        scores={"gold": ([-1.0, 0.5], torch.tensor([2.0, 3.25])), "proxy": ([0, 0], [1, 1])},
+        width=24,
+    )
+    assert capsys.readouterr().out == (
+        "before                   | after\n"
+        "-------------------------+-------------------------\n"
+        "> the plot was\n"
+        "dull and long .          | superb .\n"
+        "[gold -1.00  proxy 0.00] | [gold 2.00  proxy 1.00]\n"
+        "-------------------------+-------------------------\n"
+        "> i\n"
+        "slept .                  | loved it all .\n"
+        "[gold 0.50  proxy 0.00]  | [gold 3.25  proxy 1.00]\n"
+    )
+
+
+def test_long_texts_are_wrapped_and_empty_ones_leave_room(capsys):
+    display.compare_texts(["i"], ["one two three four"], [""], width=9)
+    assert capsys.readouterr().out.splitlines()[2:] == ["> i", "one two   |", "three     |", "four      |"]
+
+
+def test_texts_and_scores_must_match_the_prompts():
+    with pytest.raises(ValueError, match="after: expected 1 entries, one per prompt; got 0"):
+        display.compare_texts(["a"], ["b"], [])
+    for scores in (([1.0, 2.0], [1.0]), ([1.0], [1.0, 2.0])):
+        with pytest.raises(ValueError, match=r"scores\['gold'\]: expected 1 entries, one per prompt; got 2"):
+            display.compare_texts(["a"], ["b"], ["c"], scores={"gold": scores})
+
+
+# ---- progress --------------------------------------------------------------------------
+
+
+def work(line, steps: int) -> None:
+    for step in range(1, steps + 1):
+        line(step, {"score": 0.7 * step, "kl": 0.04, "loss": 9.0}, None)
+
+
+def test_progress_leaves_one_line_without_times(capsys):
+    work(display.progress(3), 3)
+    captured = capsys.readouterr()
+    assert captured.out == "3/3 iterations  reward 2.1  KL 0.0\n"
+    assert captured.err == ""
+
+
+def test_progress_can_show_other_metrics_and_lacks_none(capsys):
+    work(display.progress(2, unit="epochs", show={"loss": "loss", "gold": "gold"}), 2)
+    assert capsys.readouterr().out == "2/2 epochs  loss 9.0\n"
+
+
+def test_progress_can_be_closed_early_and_twice(capsys):
+    line = display.progress(5)
+    work(line, 2)
+    assert capsys.readouterr().out == ""
+    line.close()
+    line.close()
+    assert capsys.readouterr().out == "2/5 iterations  reward 1.4  KL 0.0\n"
+
+
+def test_fitting_reports_its_loss(capsys):
+    on_step = display.fit_progress()
+    for step in (1, 2):
+        on_step(step, 2, 0.69)
+    assert capsys.readouterr().out == "2/2 steps  loss 0.7\n"
+
+
+def test_progress_needs_a_length():
+    with pytest.raises(ValueError, match="total: expected at least 1; got 0"):
+        display.progress(0)
+
+
+def test_a_terminal_shows_a_bar_with_metrics_and_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    line = display.progress(4)
+    line.bar.mininterval = 0
+    work(line, 4)
+    captured = capsys.readouterr()
+    assert captured.out == "4/4 iterations  reward 2.8  KL 0.0\n"
+    assert "3/4 [" in captured.err and "reward 2.1  KL 0.0" in captured.err and "<" in captured.err
+
+
+NOTEBOOK = """
+import time
+from rlhf_lessons import display
+display.REFRESH_SECONDS = 0
+line = display.progress(3)
+for step in (1, 2, 3):
+    time.sleep(0.01)
+    line(step, {"score": step, "kl": 0.5})
+"""
+
+
+def test_a_notebook_keeps_one_clean_line():
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    updates = []
+
+    class Client(nbclient.NotebookClient):
+        def process_message(self, message, cell, cell_index):
+            if message["msg_type"] == "update_display_data":
+                updates.append(message["content"]["data"]["text/plain"])
+            return super().process_message(message, cell, cell_index)
+
+    Client(notebook, timeout=120, coalesce_streams=True, record_timing=False).execute()
+    (output,) = notebook.cells[0].outputs
+    assert output.output_type == "display_data"
+    assert output.data == {"text/plain": "3/3 iterations  reward 3.0  KL 0.5"} and output.metadata == {}
+    assert updates[-1] == "3/3 iterations  reward 3.0  KL 0.5" and updates[0].endswith("s left")
+
+
+def test_display_loads_neither_matplotlib_nor_transformers():
+    code = "import sys, rlhf_lessons.display; print({'matplotlib', 'transformers', 'IPython'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
