@@ -75,7 +75,8 @@ def sample_tokens(logits: Tensor, generator: torch.Generator | None = None) -> T
     total = cumulative[:, -1:]
     u = torch.rand(total.shape, generator=generator, device=logits.device, dtype=logits.dtype) * total
     # u·total may round up to total itself, past every token that has probability.
-    return torch.searchsorted(cumulative, u.minimum(total.nextafter(torch.zeros_like(total))), right=True).squeeze(-1)
+    chosen = torch.searchsorted(cumulative, u.minimum(total.nextafter(torch.zeros_like(total))), right=True).squeeze(-1)
+    return chosen.clamp(max=logits.shape[-1] - 1)  # only NaN goes beyond; the loss, NaN too, will tell of it
 
 
 @torch.no_grad()
@@ -167,6 +168,36 @@ def missing_eos_scores(scores: Tensor, ended: Tensor, *, penalty: float, mode: s
     return torch.where(ended, scores, penalised)
 
 
+def score_rollout(
+    policy: nn.Module,
+    reference: nn.Module,
+    score: Callable[[Tensor, Tensor, Tensor], Tensor],
+    tokens: Tensor,
+    attention_mask: Tensor,
+    responses: Responses,
+    *,
+    config,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass of each of the other three models: values (B, T), reference log-probabilities (B, T), scores (B,).
+
+    In chunks of `config.micro_batch_size` rows, which bound the memory that logits take.
+    """
+    options = dict(length=responses.tokens.shape[1], temperature=config.temperature)
+    values, ref_log_probs, scores = [], [], []
+    for rows in torch.arange(len(tokens), device=tokens.device).split(config.micro_batch_size):
+        chunk = tokens[rows], attention_mask[rows]
+        values.append(policy_outputs(policy, *chunk, **options)[1])
+        ref_log_probs.append(action_log_probs(reference_logits(reference, *chunk, **options), responses.tokens[rows]))
+        scores.append(score(*chunk, responses.mask[rows]))
+    return (
+        torch.where(responses.mask, torch.cat(values), 0),
+        torch.where(responses.mask, torch.cat(ref_log_probs), 0),
+        missing_eos_scores(
+            torch.cat(scores), responses.ended, penalty=config.missing_eos_penalty, mode=config.missing_eos_mode
+        ),
+    )
+
+
 @torch.no_grad()
 def collect_rollout(
     policy: nn.Module,
@@ -200,20 +231,9 @@ def collect_rollout(
     )
     tokens = torch.cat([input_ids, responses.tokens], dim=1)
     attention_mask = torch.cat([prompt_mask, responses.mask], dim=1)
-    options = dict(length=responses.tokens.shape[1], temperature=config.temperature)
-
-    values, ref_log_probs, scores = [], [], []
-    for rows in torch.arange(len(tokens), device=tokens.device).split(config.micro_batch_size):
-        chunk = tokens[rows], attention_mask[rows]
-        values.append(policy_outputs(policy, *chunk, **options)[1])
-        ref_log_probs.append(action_log_probs(reference_logits(reference, *chunk, **options), responses.tokens[rows]))
-        scores.append(score(*chunk, responses.mask[rows]))
-    values = torch.where(responses.mask, torch.cat(values), 0)
-    ref_log_probs = torch.where(responses.mask, torch.cat(ref_log_probs), 0)
-    scores = missing_eos_scores(
-        torch.cat(scores), responses.ended, penalty=config.missing_eos_penalty, mode=config.missing_eos_mode
+    values, ref_log_probs, scores = score_rollout(
+        policy, reference, score, tokens, attention_mask, responses, config=config
     )
-
     shown = masked_whiten(scores, shift_mean=False) if config.normalize_scores else scores
     kl = sampled_kl(responses.log_probs, ref_log_probs, kind="k1")
     rewards = shaped_rewards(shown, kl, responses.mask, kl_coef=kl_coef)
@@ -221,16 +241,16 @@ def collect_rollout(
     if config.whiten_advantages:
         advantages = masked_whiten(advantages, responses.mask)
     return RolloutBatch(
-        tokens,
-        attention_mask,
-        responses.mask,
-        responses.log_probs,
-        ref_log_probs,
-        values,
-        rewards,
-        advantages,
-        returns,
-        scores,
-        responses.ended,
+        tokens=tokens,
+        attention_mask=attention_mask,
+        response_mask=responses.mask,
+        log_probs=responses.log_probs,
+        ref_log_probs=ref_log_probs,
+        values=values,
+        rewards=rewards,
+        advantages=advantages,
+        returns=returns,
+        scores=scores,
+        ended=responses.ended,
         prompt_length=input_ids.shape[1],
     )

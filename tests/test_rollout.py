@@ -1,0 +1,561 @@
+"""From prompts to a batch: what is sampled is what is scored, and each number stands at its token."""
+
+import math
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf_lessons.data import encode_prompt, encode_response, pad
+from rlhf_lessons.rollout import (
+    collect_rollout,
+    missing_eos_scores,
+    policy_outputs,
+    reference_logits,
+    sample_responses,
+    sample_tokens,
+)
+from rlhf_lessons.trainer import PPOConfig
+
+PAD, BOS, EOS = 0, 1, 2
+IDS = dict(eos_id=EOS, pad_id=PAD)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def repeated(queries, times):
+    """Each query `times` times."""
+    tokens, mask = queries
+    return tokens.repeat_interleave(times, dim=0), mask.repeat_interleave(times, dim=0)
+
+
+@torch.no_grad()
+def teacher_forced(lm, prompt, response, temperature=1.0):
+    """log π of each response token, from the plain model on the unpadded text alone: no cache, mask or position ids.
+
+    The token at index i is predicted by the output at index i − 1.
+    """
+    ids = prompt + response
+    log_probs = torch.log_softmax(lm(torch.tensor([ids])).logits[0].double() / temperature, dim=-1)
+    return [log_probs[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))]
+
+
+def unpadded(batch):
+    """Each row's prompt and response as lists of ids."""
+    split = batch.prompt_length
+    return [
+        (row[:split][mask[:split]].tolist(), row[split:][mask[split:]].tolist())
+        for row, mask in zip(batch.tokens, batch.attention_mask, strict=True)
+    ]
+
+
+def no_score(tokens, attention_mask, response_mask):
+    return torch.zeros(len(tokens))
+
+
+def settings(**changes):
+    """A PPOConfig that leaves scores and advantages as they are."""
+    plain = dict(whiten_advantages=False, missing_eos_penalty=0.0, max_new_tokens=6)
+    return PPOConfig(**(dict(batch_size=24, minibatch_size=24) | plain | changes))
+
+
+def roll_out(policy, reference, queries, score=no_score, *, kl_coef=0.0, seed=0, times=8, **changes):
+    return collect_rollout(
+        policy,
+        reference,
+        score,
+        *repeated(queries, times),
+        config=settings(**changes),
+        kl_coef=kl_coef,
+        **IDS,
+        generator=generator(seed),
+    )
+
+
+# --- One token ------------------------------------------------------------------------------------
+
+
+def test_tokens_are_drawn_as_often_as_softmax_says():
+    logits = torch.tensor([1.0, -2.0, 0.0, 2.0, -torch.inf])
+    n = 40_000
+    counts = torch.bincount(sample_tokens(logits.expand(n, 5), generator()), minlength=5)
+    p = logits.softmax(0)
+    z = (counts - n * p)[:4] / (n * p * (1 - p))[:4].sqrt()
+    assert z.abs().max() < 4 and counts[4] == 0
+
+
+@pytest.mark.parametrize("u", [0.0, 1e-30, 0.5, 1 - 2**-24, 1 - 2**-53, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_without_probability_is_never_drawn(u, dtype, monkeypatch):
+    """Also at the ends of u's range, and where u times the sum rounds up to the sum."""
+    never = -torch.inf
+    logits = torch.tensor(
+        [[never, 0, never, 0.3, never], [never, 0, never, never, never], [0, never, never, never, never]], dtype=dtype
+    ).repeat(1, 200)
+    logits[:, 1000 - 4 :] = never
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(tuple(shape), u, dtype=options["dtype"]))
+    drawn = sample_tokens(logits)
+    assert (logits[torch.arange(3), drawn] > never).all()
+
+
+# --- The sampler ----------------------------------------------------------------------------------
+
+
+@pytest.mark.detail(2)
+def test_greedy_padded_batch_equals_greedy_single_generation(architecture, make_lm, queries):
+    """At temperature → 0 the sampler is greedy; the oracle is Hugging Face's own `generate`, a text at a time."""
+    lm = make_lm(architecture)
+    tokens, mask = queries
+    responses = sample_responses(lm, tokens, mask, max_new_tokens=8, temperature=1e-6, **IDS, generator=generator())
+    for row in range(len(tokens)):
+        alone = tokens[row][mask[row]][None]
+        written = lm.generate(
+            alone, attention_mask=torch.ones_like(alone), max_new_tokens=8, do_sample=False, **GENERATE
+        )
+        assert responses.tokens[row][responses.mask[row]].tolist() == written[0, alone.shape[1] :].tolist()
+
+
+GENERATE = dict(eos_token_id=EOS, pad_token_id=PAD)
+
+
+@pytest.mark.detail(4)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_recorded_log_probs_are_the_teacher_forced_ones(architecture, temperature, make_lm, queries):
+    """The key-value cache, left padding and rows that leave: none of it moves a log-probability by 1e-5."""
+    lm = make_lm(architecture)
+    tokens, mask = repeated(queries, 30)
+    responses = sample_responses(
+        lm, tokens, mask, max_new_tokens=7, temperature=temperature, **IDS, generator=generator()
+    )
+    lengths = responses.mask.sum(dim=1)
+    assert lengths.min() < lengths.max(), "rows of one length would prove less"
+    for row in range(len(tokens)):
+        real = responses.mask[row]
+        expected = teacher_forced(
+            lm, tokens[row][mask[row]].tolist(), responses.tokens[row][real].tolist(), temperature
+        )
+        assert responses.log_probs[row][real].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def every_response(length):
+    """All that sampling can give within `length` tokens of the vocabulary of 8."""
+    others = [token for token in range(8) if token != EOS]
+    for steps in range(1, length + 1):
+        for opening in product(others, repeat=steps - 1):
+            yield from ([*opening, last] for last in ([EOS] if steps < length else range(8)))
+
+
+@pytest.mark.detail(5)
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.8])
+def test_frequencies_of_whole_responses_equal_exp_log_p_at_that_temperature(temperature, make_lm, tokenizer):
+    """All 57 responses of up to two tokens: their probabilities sum to 1 and the counts agree, no top-k or top-p."""
+    lm, n, prompt = make_lm(seed=2), 20_000, encode_prompt(tokenizer, "film")
+    possible = list(every_response(2))
+    probability = torch.tensor([math.exp(sum(teacher_forced(lm, prompt, y, temperature))) for y in possible])
+    assert len(possible) == 57 and probability.sum() == pytest.approx(1, abs=1e-6)
+    tokens = torch.tensor([prompt]).repeat(n, 1)
+    responses = sample_responses(
+        lm,
+        tokens,
+        torch.ones_like(tokens).bool(),
+        max_new_tokens=2,
+        temperature=temperature,
+        **IDS,
+        generator=generator(),
+    )
+    drawn = [row[:real].tolist() for row, real in zip(responses.tokens, responses.mask.sum(1).tolist(), strict=True)]
+    index = {tuple(y): i for i, y in enumerate(possible)}
+    rows = torch.tensor([index[tuple(y)] for y in drawn])
+    torch.testing.assert_close(responses.log_probs.sum(1).exp(), probability[rows], atol=1e-5, rtol=1e-4)
+    counts = torch.bincount(rows, minlength=57)
+    expected = n * probability
+    large = expected > 10
+    z = (counts - expected)[large] / (expected * (1 - probability))[large].sqrt()
+    assert z.abs().max() < 4.5 and large.sum() > 5
+    chi_square = ((counts - expected).square() / expected)[large].sum()
+    assert abs(chi_square - large.sum()) < 5 * (2 * large.sum()).sqrt()
+
+
+@pytest.mark.detail(8)
+def test_nothing_follows_eos_and_ended_says_so(make_lm, queries):
+    tokens, mask = repeated(queries, 20)
+    responses = sample_responses(make_lm(), tokens, mask, max_new_tokens=6, **IDS, generator=generator())
+    for row, real, ended in zip(responses.tokens, responses.mask, responses.ended.tolist(), strict=True):
+        length = int(real.sum())
+        assert real.tolist() == [True] * length + [False] * (len(row) - length)
+        assert (row[~real] == PAD).all() and EOS not in row[: length - 1]
+        assert ended == (row[length - 1] == EOS)
+        assert ended or length == 6
+    assert responses.ended.any() and not responses.ended.all()
+    assert (responses.log_probs[~responses.mask] == 0).all() and (responses.log_probs[responses.mask] < 0).all()
+
+
+def test_ended_rows_leave_the_cache(make_lm, queries):
+    """Each step reads the rows that go on, and no others."""
+    lm, sizes = make_lm(), []
+    hook = lm.register_forward_pre_hook(
+        lambda _, args, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    tokens, mask = repeated(queries, 20)
+    responses = sample_responses(lm, tokens, mask, max_new_tokens=9, **IDS, generator=generator())
+    hook.remove()
+    assert sizes == responses.mask.sum(dim=0).tolist() and sizes[-1] < sizes[0]
+
+
+def test_a_neighbour_that_ends_early_changes_no_other_row(architecture, make_lm, queries):
+    """With temperature → 0 each row's response is its own: the same alone, and beside neighbours that end sooner."""
+    tokens, mask = repeated(queries, 1)
+    options = dict(max_new_tokens=10, temperature=1e-6, **IDS, generator=generator())
+    for seed in range(20):
+        lm = make_lm(architecture, seed=seed)
+        together = sample_responses(lm, tokens, mask, **options)
+        if together.mask.sum(dim=1).unique().numel() > 1:
+            break
+    else:
+        pytest.fail("no model in which one row ends before another")
+    for row in range(len(tokens)):
+        alone = sample_responses(lm, tokens[row : row + 1], mask[row : row + 1], **options)
+        assert together.tokens[row][together.mask[row]].tolist() == alone.tokens[0].tolist()
+        real = together.log_probs[row][together.mask[row]]
+        torch.testing.assert_close(real, alone.log_probs[0], atol=1e-5, rtol=0)
+
+
+def test_one_new_token_and_one_row(make_lm):
+    lm = make_lm()
+    tokens = torch.tensor([[BOS]])
+    responses = sample_responses(lm, tokens, tokens.bool(), max_new_tokens=1, **IDS, generator=generator())
+    assert responses.tokens.shape == responses.mask.shape == responses.log_probs.shape == (1, 1)
+    expected = teacher_forced(lm, [BOS], responses.tokens[0].tolist())
+    assert responses.log_probs[0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert responses.mask.all()
+
+
+def test_sampling_stops_when_every_row_has_ended(make_lm):
+    lm = make_lm()
+    with torch.no_grad():  # the last hidden state is the norm's bias, whatever the text: EOS follows everything
+        lm.transformer.ln_f.weight.zero_()
+        lm.transformer.ln_f.bias.copy_(100 * lm.lm_head.weight[EOS])
+    tokens = torch.full((4, 2), 5)
+    responses = sample_responses(lm, tokens, torch.ones_like(tokens).bool(), max_new_tokens=10, **IDS)
+    assert responses.tokens.tolist() == [[EOS]] * 4 and responses.ended.all()
+
+
+def test_right_padded_prompts_are_refused(make_lm):
+    tokens, mask = pad([[1, 4], [1, 4, 6]], PAD, side="right")
+    with pytest.raises(ValueError, match="pad prompts on the left"):
+        sample_responses(make_lm(), tokens, mask, max_new_tokens=2, **IDS)
+
+
+def test_float64_models_sample_in_float64(make_lm, queries):
+    lm = make_lm().double()
+    responses = sample_responses(lm, *queries, max_new_tokens=5, temperature=0.8, **IDS, generator=generator())
+    assert responses.log_probs.dtype == torch.float64
+    tokens, mask = queries
+    for row in range(3):
+        real = responses.mask[row]
+        expected = teacher_forced(lm, tokens[row][mask[row]].tolist(), responses.tokens[row][real].tolist(), 0.8)
+        assert responses.log_probs[row][real].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not(make_lm, queries):
+    tokens, mask = repeated(queries, 8)
+    draw = lambda seed: sample_responses(  # noqa: E731
+        make_lm(), tokens, mask, max_new_tokens=6, **IDS, generator=generator(seed)
+    )
+    assert torch.equal(draw(0).tokens, draw(0).tokens)
+    first, second = draw(0).tokens, draw(1).tokens
+    assert first.shape != second.shape or not torch.equal(first, second)
+
+
+# --- Scoring the same tokens ----------------------------------------------------------------------
+
+
+@pytest.mark.detail(4)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_batch_holds_the_models_outputs_before_each_token(
+    architecture, critic, temperature, make_policy, make_lm, queries
+):
+    """log-probabilities of policy and reference at the sampling temperature, and the value of the state before."""
+    policy, reference = make_policy(architecture, critic=critic, head=1.0), make_lm(architecture, seed=1)
+    batch = roll_out(policy, reference, queries, temperature=temperature)
+    for row, (prompt, response) in enumerate(unpadded(batch)):
+        real = batch.response_mask[row]
+        ids = torch.tensor([prompt + response])
+        values = policy(ids, torch.ones_like(ids)).values[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(batch.values[row][real], values, atol=1e-5, rtol=1e-5)
+        for name, lm in (("log_probs", policy.lm), ("ref_log_probs", reference)):
+            expected = teacher_forced(lm, prompt, response, temperature)
+            assert getattr(batch, name)[row][real].tolist() == pytest.approx(expected, abs=1e-5)
+    for name in ("log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns"):
+        assert (getattr(batch, name)[~batch.response_mask] == 0).all()
+
+
+@pytest.mark.detail(7)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_ratio_is_one_before_the_first_update(architecture, temperature, make_policy, make_lm, queries):
+    """max |ρ − 1| < 1e-5 in float32, in train mode, all four architectures."""
+    policy = make_policy(architecture)
+    batch = roll_out(policy, make_lm(architecture, seed=1), queries, temperature=temperature)
+    logits, _ = policy_outputs(
+        policy.train(), batch.tokens, batch.attention_mask, length=batch.responses.shape[1], temperature=temperature
+    )
+    new = logits.log_softmax(-1).gather(-1, batch.responses[..., None]).squeeze(-1)
+    assert ((new - batch.log_probs).exp() - 1)[batch.response_mask].abs().max() < 1e-5
+
+
+def test_reference_and_policy_are_scored_alike(make_policy, queries):
+    policy = make_policy()
+    tokens, mask = torch.cat([queries[0]] * 2, dim=1), torch.cat([queries[1], torch.ones_like(queries[1])], dim=1)
+    of_policy, _ = policy_outputs(policy, tokens, mask, length=4, temperature=0.5)
+    of_reference = reference_logits(policy.lm, tokens, mask, length=4, temperature=0.5)
+    torch.testing.assert_close(of_policy, of_reference, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(of_policy[2], 2 * policy.lm(tokens[2:]).logits[0, 3:7], atol=1e-5, rtol=1e-5)
+
+
+def test_scoring_does_not_depend_on_the_size_of_its_pieces(make_policy, make_lm, queries):
+    policy, reference = make_policy(head=1.0), make_lm(seed=1)
+    score = lambda tokens, attention_mask, response_mask: tokens.sum(1).float()  # noqa: E731
+    whole = roll_out(policy, reference, queries, score, kl_coef=0.1)
+    pieces = roll_out(policy, reference, queries, score, kl_coef=0.1, gradient_accumulation_steps=8)
+    assert torch.equal(whole.tokens, pieces.tokens) and torch.equal(whole.scores, pieces.scores)
+    for name in ("values", "ref_log_probs", "rewards", "advantages", "returns"):
+        torch.testing.assert_close(getattr(whole, name), getattr(pieces, name), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.detail(8)
+@pytest.mark.parametrize("kind", ["reward model", "function"])
+def test_tokens_after_eos_cannot_change_the_score(kind, make_trainer, make_reward_model, make_batch):
+    """Whatever stands behind a response's end, a reward model and a function of the texts score the same."""
+    batch = make_batch([2, 5, 4, 6])
+
+    def vowels(prompts, responses):
+        return [
+            1.0 * sum(letter in "aeiou" for letter in prompt + response)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+
+    trainer = make_trainer(score_fn=make_reward_model() if kind == "reward model" else vowels)
+    noise = torch.where(batch.attention_mask, batch.tokens, 7)
+    assert not torch.equal(noise, batch.tokens)
+    before, after = (
+        trainer._score(tokens, batch.attention_mask, batch.response_mask) for tokens in (batch.tokens, noise)
+    )
+    torch.testing.assert_close(before, after, atol=1e-5, rtol=1e-5)
+    assert before.unique().numel() > 2
+
+
+@pytest.mark.detail(8)
+def test_a_score_function_reads_the_text_up_to_eos(make_trainer):
+    """Prompts and responses as words, one for each row and in order, EOS and padding stripped."""
+    seen = []
+
+    def score(prompts, responses):
+        seen.extend(zip(prompts, responses, strict=True))
+        return [0.0] * len(prompts)
+
+    trainer = make_trainer(score_fn=score)
+    batch = trainer.rollout()
+    names = ["<pad>", "<bos>", "<eos>", "<unk>", "good", "bad", "film", "."]
+    for (prompt, response), (prompt_ids, response_ids) in zip(seen, unpadded(batch), strict=True):
+        assert prompt.split() == [names[token] for token in prompt_ids[1:]]
+        assert response.split() == [names[token] for token in response_ids[response_ids[0] == BOS :] if token != EOS]
+        assert response == response.strip()
+    assert trainer.texts(batch) == ([prompt for prompt, _ in seen], [response for _, response in seen])
+
+
+# --- Rewards and advantages -----------------------------------------------------------------------
+
+
+@pytest.mark.detail(9)
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("subtract", [2.0, 1.25, -3.0, -1.75]), ("replace", [2.0, -0.75, -3.0, -0.75])]
+)
+def test_missing_eos_costs_the_penalty_or_replaces_the_score(mode, expected):
+    scores, ended = torch.tensor([2.0, 2.0, -3.0, -1.0]), torch.tensor([True, False, True, False])
+    assert missing_eos_scores(scores, ended, penalty=0.75, mode=mode).tolist() == expected
+
+
+def test_missing_eos_mode_is_checked():
+    with pytest.raises(ValueError, match='mode must be "subtract" or "replace"; got \'clip\''):
+        missing_eos_scores(torch.zeros(1), torch.ones(1).bool(), penalty=1.0, mode="clip")
+
+
+def length_score(tokens, attention_mask, response_mask):
+    """A score that differs between rows."""
+    return 1.0 + response_mask.sum(dim=1).float()
+
+
+@pytest.mark.detail(9)
+@pytest.mark.parametrize("mode", ["subtract", "replace"])
+def test_rollout_charges_rows_without_eos(mode, make_policy, make_lm, queries):
+    batch = roll_out(
+        make_policy(), make_lm(seed=1), queries, length_score, missing_eos_penalty=0.5, missing_eos_mode=mode
+    )
+    assert batch.ended.any() and not batch.ended.all()
+    for row, (_, response) in enumerate(unpadded(batch)):
+        given = 1.0 + len(response)
+        charged = given - 0.5 if mode == "subtract" else -0.5
+        assert bool(batch.ended[row]) == (response[-1] == EOS)
+        assert batch.scores[row] == (given if response[-1] == EOS else charged)
+
+
+@pytest.mark.detail(10)
+@pytest.mark.detail(20)
+def test_score_stands_on_the_last_real_token_only(make_policy, make_lm, queries):
+    """γ = 1, λ = 0.95, V = 0, β = 0: the last token's advantage is the score, k tokens earlier 0.95^k of it."""
+    batch = roll_out(make_policy(), make_lm(seed=1), queries, length_score, gamma=1.0, gae_lambda=0.95)
+    for row, (_, response) in enumerate(unpadded(batch)):
+        score, length = 1.0 + len(response), len(response)
+        assert batch.rewards[row, :length].tolist() == [0.0] * (length - 1) + [score]
+        expected = [0.95 ** (length - 1 - t) * score for t in range(length)]
+        assert batch.advantages[row, :length].tolist() == pytest.approx(expected, rel=1e-5)
+        assert batch.returns[row, :length].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.detail(11)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rewards_sum_to_score_minus_beta_times_log_ratio(temperature, make_policy, make_lm, queries):
+    """Σ r_t = score − β (log P − log P_ref), the two from teacher forcing; each token pays for itself."""
+    policy, reference = make_policy(), make_lm(seed=1)
+    batch = roll_out(policy, reference, queries, length_score, kl_coef=0.3, temperature=temperature)
+    for row, (prompt, response) in enumerate(unpadded(batch)):
+        own = teacher_forced(policy.lm, prompt, response, temperature)
+        other = teacher_forced(reference, prompt, response, temperature)
+        per_token = [-0.3 * (a - b) for a, b in zip(own, other, strict=True)]
+        assert batch.rewards[row].sum().item() == pytest.approx(1.0 + len(response) + sum(per_token), abs=1e-4)
+        assert batch.rewards[row, : len(response) - 1].tolist() == pytest.approx(per_token[:-1], abs=1e-5)
+
+
+def slow_gae(rewards, values, gamma, lam):
+    """The definition, in Python's floats: Â_t = Σ_k (γλ)^k (r + γ V' − V), V after the end 0."""
+    following = [*values[1:], 0.0]
+    deltas = [r + gamma * after - v for r, v, after in zip(rewards, values, following, strict=True)]
+    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
+
+
+@pytest.mark.detail(14)
+@pytest.mark.detail(34)
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.97, 0.0)])
+def test_advantages_and_returns_follow_each_response_alone(gamma, lam, make_policy, make_lm, queries):
+    """The critic's value after the last token is 0; returns are Â + V before whitening; padding leaks nothing."""
+    policy, reference = make_policy(head=1.0), make_lm(seed=1)
+    options = dict(kl_coef=0.1, gamma=gamma, gae_lambda=lam)
+    batch = roll_out(policy, reference, queries, length_score, **options)
+    expected = []
+    for row, (_, response) in enumerate(unpadded(batch)):
+        values = batch.values[row, : len(response)].tolist()
+        expected.append(slow_gae(batch.rewards[row, : len(response)].tolist(), values, gamma, lam))
+        assert batch.advantages[row, : len(response)].tolist() == pytest.approx(expected[-1], abs=1e-4)
+        targets = [a + v for a, v in zip(expected[-1], values, strict=True)]
+        assert batch.returns[row, : len(response)].tolist() == pytest.approx(targets, abs=1e-4)
+    white = roll_out(policy, reference, queries, length_score, whiten_advantages=True, **options)
+    assert torch.equal(white.returns, batch.returns)
+
+
+@pytest.mark.detail(15)
+def test_whitened_advantages_have_mean_0_and_variance_1_over_real_tokens(make_policy, make_lm, queries):
+    policy, reference = make_policy(head=1.0), make_lm(seed=1)
+    raw = roll_out(policy, reference, queries, length_score, kl_coef=0.1)
+    white = roll_out(policy, reference, queries, length_score, kl_coef=0.1, whiten_advantages=True)
+    real = raw.advantages[raw.response_mask].double()
+    expected = (real - real.mean()) / (real.var(correction=0) + 1e-8).sqrt()
+    torch.testing.assert_close(white.advantages[white.response_mask].double(), expected, atol=1e-5, rtol=1e-5)
+    assert white.advantages[white.response_mask].mean().abs() < 1e-6
+    assert (white.advantages[~white.response_mask] == 0).all()
+
+
+@pytest.mark.detail(16)
+def test_normalised_scores_have_variance_1_and_keep_their_mean(make_policy, make_lm, queries):
+    """In the rewards; the batch's `scores` stay as they were given."""
+    batch = roll_out(make_policy(), make_lm(seed=1), queries, length_score, normalize_scores=True)
+    shown = batch.rewards.sum(dim=1)
+    assert shown.mean().item() == pytest.approx(batch.scores.mean().item(), rel=1e-5)
+    assert shown.var(correction=0).item() == pytest.approx(1.0, rel=1e-4)
+    assert batch.scores.tolist() == [1.0 + length for length in batch.response_mask.sum(dim=1).tolist()]
+    assert batch.scores.var(correction=0) > 1.2, "scores of variance 1 to begin with would prove nothing"
+
+
+@pytest.mark.detail(25)
+def test_a_sampled_response_and_the_same_text_encoded_have_the_same_ids(make_policy, make_lm, queries, tokenizer):
+    """What the reward model reads in training is what it scores in a rollout, EOS included."""
+    batch = roll_out(make_policy(seed=3), make_lm(seed=1), queries, times=60)
+    words = 0
+    for prompt, response in unpadded(batch):
+        if response[-1] != EOS or any(token < 4 for token in response[:-1]):
+            continue  # cut off, or the random policy wrote a special token, which no text contains
+        words += len(response) > 1
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, response)]
+        assert encode_prompt(tokenizer, texts[0]) + encode_response(tokenizer, *texts) == prompt + response
+    assert words > 2
+
+
+def test_nothing_in_a_batch_carries_a_gradient(make_policy, make_lm, queries):
+    policy = make_policy(head=1.0).train()
+    batch = roll_out(policy, make_lm(seed=1), queries, length_score, kl_coef=0.1, whiten_advantages=True)
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert len(tensors) == 11
+    assert not any(tensor.requires_grad for tensor in tensors.values())
+
+
+# --- Minibatches ----------------------------------------------------------------------------------
+
+
+@pytest.mark.detail(35)
+def test_each_pass_shuffles_afresh_and_visits_every_row_once(make_batch):
+    batch, source = make_batch([3] * 12), generator()
+    orders = []
+    for _ in range(3):
+        scores = torch.cat([minibatch.scores for minibatch in batch.minibatches(4, source)])
+        orders.append([batch.scores.tolist().index(score) for score in scores.tolist()])
+        assert sorted(orders[-1]) == list(range(12))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert orders[0] != list(range(12))
+
+
+def test_minibatches_without_a_generator_keep_the_order_and_all_fields(make_batch):
+    batch = make_batch([3, 1, 2, 3, 2])
+    pieces = list(batch.minibatches(2))
+    assert [len(piece) for piece in pieces] == [2, 2, 1]
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), value)
+        else:
+            assert all(getattr(piece, name) == value for piece in pieces)
+
+
+def test_a_batch_is_frozen(make_batch):
+    with pytest.raises(AttributeError):
+        make_batch([2, 3]).tokens = torch.zeros(1)
+
+
+def test_responses_are_what_follows_the_prompt(make_batch):
+    batch = make_batch([2, 3], prompt_length=4)
+    assert batch.responses.shape == (2, 3) and torch.equal(batch.responses, batch.tokens[:, 4:])
+
+
+def test_sampler_calls_the_model_with_the_positions_of_real_tokens(queries):
+    """Position ids count from the first real token, through the prompt and every step after it."""
+    asked = []
+
+    class Model:
+        dtype, config = torch.float32, SimpleNamespace()
+
+        def forward(self, input_ids, position_ids):
+            raise NotImplementedError
+
+        def __call__(self, input_ids, attention_mask, past_key_values, use_cache, logits_to_keep, position_ids):
+            asked.append(position_ids.tolist())
+            return SimpleNamespace(logits=torch.zeros(len(input_ids), 1, 8).index_fill(2, torch.tensor([4]), 50.0))
+
+    class Cache:
+        def __init__(self, config):
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.DynamicCache", Cache)
+        sample_responses(Model(), *queries, max_new_tokens=3, **IDS)
+    assert asked == [[[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3]], [[2], [3], [4]], [[3], [4], [5]]]
