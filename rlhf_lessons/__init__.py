@@ -5,8 +5,8 @@ An import may only go down this list. Importing the package, or any estimator, l
     estimators   masking, policy_gradient, baselines, advantages, importance, ppo, preferences, kl
     oracle       exact, gridworld
     parts        models, tiny_reviews, data
-    flow         fitting, rollout, trainer
-    surface      __main__ (python -m rlhf_lessons), sources, stages, report, record, equations, bench
+    flow         fitting, rollout, decoding, trainer
+    surface      __main__ (python -m rlhf_lessons), parser, sources, stages, report, record, equations, bench
     side         checks, display, plots: for the notebooks
 """
 

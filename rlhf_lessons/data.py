@@ -47,8 +47,9 @@ def json_record(path: str | Path, number: int, line: str, fields: tuple[str, ...
     """The named string fields of one JSON line."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not valid JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # the latter, and a plain ValueError, for absurd nesting and numbers
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"{path}, line {number}: not valid JSON: {reason}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path}, line {number}: expected a JSON object; got {type(record).__name__}")
     for field in fields:
@@ -58,6 +59,8 @@ def json_record(path: str | Path, number: int, line: str, fields: tuple[str, ...
             raise ValueError(
                 f'{path}, line {number}: the field "{field}" must be a string; got {type(record[field]).__name__}'
             )
+        if any("\ud800" <= character <= "\udfff" for character in record[field]):
+            raise ValueError(f'{path}, line {number}: the field "{field}" holds half of a surrogate pair, no character')
         if field != "prompt" and not record[field].strip():
             raise ValueError(f'{path}, line {number}: the field "{field}" must not be empty')
     return {field: record[field] for field in fields}

@@ -16,12 +16,15 @@ from rlhf_lessons.preferences import bradley_terry_loss
 def make_accelerator(device: str = "auto", precision: str = "no"):
     """An Accelerator for that device; raises ValueError when the machine lacks it. On one CPU it changes nothing."""
     from accelerate import Accelerator  # takes seconds, and `--help` reads this module
+    from accelerate.state import AcceleratorState
 
     available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device not in available:
         raise ValueError(f"device must be one of {', '.join(available)}; got {device!r}")
     if not available[device]:
         raise ValueError(f"device {device!r} is not available on this machine")
+    # accelerate keeps one device and one precision for the process: forget those of an earlier trainer.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(cpu=device == "cpu", mixed_precision=precision)
 
 
@@ -189,12 +192,19 @@ def fit_reward_model(
 def score_texts(
     reward_model: nn.Module, tokenizer, prompts: list[str], responses: list[str], *, batch_size: int = 256
 ) -> Tensor:
-    """A reward model's scores (N,) of texts, on the CPU. Every response is read with an EOS at its end."""
+    """A reward model's scores (N,) of texts, on the CPU. Every response is read with an EOS at its end.
+
+    Raises ValueError for a text longer than the model's context.
+    """
     device = next(reward_model.parameters()).device
     rows = [
         encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
         for prompt, response in zip(prompts, responses, strict=True)
     ]
+    context = getattr(reward_model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    longest = max(map(len, rows))
+    if longest > context:
+        raise ValueError(f"a text has {longest} tokens, more than the reward model's context of {context}")
     scores = []
     for start in range(0, len(rows), batch_size):
         tokens, mask = pad(rows[start : start + batch_size], tokenizer.pad_token_id, side="right")

@@ -6,6 +6,7 @@ seconds and `--help` should not. Checkpoints are safetensors files; code that co
 
 import contextlib
 import copy
+import functools
 import inspect
 import json
 import math
@@ -37,10 +38,16 @@ def position_arguments(model: nn.Module, attention_mask: Tensor, new_tokens: int
 
     attention_mask (B, L) covers all tokens so far; with `new_tokens` only that many last positions are returned.
     """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not takes_position_ids(type(model)):
         return {}
     positions = position_ids(attention_mask)
     return {"position_ids": positions if new_tokens is None else positions[:, -new_tokens:]}
+
+
+@functools.cache
+def takes_position_ids(model_class: type) -> bool:
+    """Whether models of this class are told the positions; looked up once, since sampling asks at every step."""
+    return "position_ids" in inspect.signature(model_class.forward).parameters
 
 
 def causal_lm_logits(lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, logits_to_keep: int = 0) -> Tensor:
@@ -88,13 +95,23 @@ class CausalLMWithValueHead(nn.Module):
 
         input_ids, attention_mask: (B, L), padded on either side.
         """
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        inputs |= position_arguments(self.lm, attention_mask)
+        inputs = self._inputs(input_ids, attention_mask)
         output = self.lm(**inputs, logits_to_keep=logits_to_keep, output_hidden_states=self.critic is None)
         hidden = output.hidden_states[-1] if self.critic is None else self.critic(**inputs).last_hidden_state
+        return LogitsAndValues(output.logits, self._value(hidden[:, -logits_to_keep:]))
+
+    def values(self, input_ids: Tensor, attention_mask: Tensor, *, keep: int = 0) -> Tensor:
+        """The values alone, (B, K) of the last K = keep positions, or of all (0): no logits are computed for them."""
+        trunk = self.lm.base_model if self.critic is None else self.critic
+        return self._value(trunk(**self._inputs(input_ids, attention_mask)).last_hidden_state[:, -keep:])
+
+    def _inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict:
+        positions = position_arguments(self.lm, attention_mask)
+        return dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+
+    def _value(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            values = self.value_head(full_precision(hidden[:, -logits_to_keep:])).squeeze(-1)
-        return LogitsAndValues(output.logits, values)
+            return self.value_head(full_precision(hidden)).squeeze(-1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the policy as a plain Hugging Face checkpoint, the value head and a separate critic beside it."""
@@ -194,9 +211,7 @@ class RewardModel(nn.Module):
         """
         from transformers import AutoModelForSequenceClassification
 
-        model = cls(
-            read_checkpoint(AutoModelForSequenceClassification, path, num_labels=1, pad_token_id=pad_token_id)
-        )
+        model = cls(read_checkpoint(AutoModelForSequenceClassification, path, num_labels=1, pad_token_id=pad_token_id))
         head = model.classifier.score
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1), generator=generator)
@@ -269,6 +284,47 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
+def with_fused_gelu(model: nn.Module) -> nn.Module:
+    """GPT-2's activation computed in one call instead of seven. The configuration, and so what is saved, stays."""
+    from transformers.activations import GELUTanh, NewGELUActivation
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, GELUTanh())
+    return model
+
+
+def new_kv_cache(lm: nn.Module, length: int):
+    """An empty key-value cache for texts of at most `length` tokens, which a step extends in place.
+
+    Layers that look back over a window only keep Hugging Face's own cache, which is short.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class PreallocatedLayer(DynamicLayer):
+        """Room for `length` positions from the first step on; the base class copies all of them at every step."""
+
+        def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+                self.room = [x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (keys, values)]
+            seen = self.get_seq_length()
+            for room, new in zip(self.room, (keys, values), strict=True):
+                room[:, :, seen : seen + new.shape[2]] = new
+            self.keys, self.values = (room[:, :, : seen + keys.shape[2]] for room in self.room)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            self.room = [room[indices] for room in self.room]
+            self.keys, self.values = (room[:, :, : self.get_seq_length()] for room in self.room)
+
+    cache = DynamicCache(config=lm.config)
+    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 def new_causal_lm(tokenizer, *, layers: int, width: int, heads: int, context: int, seed: int) -> nn.Module:
     """A GPT-2 with random weights for this tokenizer; its embedding and vocabulary head are one matrix.
 
@@ -301,7 +357,7 @@ def load_tokenizer(path: str | Path):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers has no exception of its own for a file that it cannot read
         raise ValueError(f"cannot load a tokenizer from {str(path)!r}: {' '.join(str(error).split())[:300]}") from error
     check_tokenizer(tokenizer)
     tokenizer.padding_side = "left"

@@ -2,7 +2,7 @@
 
     config.json      all settings, the command, versions
     metrics.jsonl    one line per PPO iteration
-    summary.json     before and after, in numbers
+    summary.json     before and after, in numbers; written last, so that it tells a finished run from a stopped one
     samples.md       before and after, side by side
     figures/*.png    curves, and one response token by token
     policy/ reward_model/ base_model/    Hugging Face checkpoints
@@ -10,12 +10,13 @@
 Whole files are written beside their place and then moved there, so that a run that is stopped leaves none half-written.
 """
 
+import contextlib
 import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,24 +27,37 @@ LAST = 5  # iterations over which "at the end" is averaged
 
 
 class RunFolder:
-    """Writes into one run's folder. Raises ValueError when the folder already holds a run."""
+    """Writes into one run's folder. Raises ValueError when the folder already holds a run, or anything else.
+
+    A folder with config.json alone is taken: its run ended before it made anything.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if (self.path / "config.json").exists():
-            raise ValueError(f"--out {self.path} already holds a run; name another folder")
         self.path.mkdir(parents=True, exist_ok=True)
+        held = sorted(item.name for item in self.path.iterdir() if item.name != "config.json")
+        if held:
+            raise ValueError(f"--out must be a new or an empty folder; {self.path} already holds {', '.join(held[:5])}")
+
+    @contextlib.contextmanager
+    def whole(self, name: str) -> Iterator[Path]:
+        """A place to write a file or a folder to; moved to `name` once all of it is there, else removed."""
+        target, partial = self.path / name, self.path / f"{name}.partial"
+        try:
+            yield partial
+            os.replace(partial, target)
+        except OSError as error:
+            error.filename, error.filename2 = str(target), None  # a full disk names no file
+            raise
+        finally:
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            partial.unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, whole or not at all."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        try:
+        with self.whole(name) as partial:
             partial.write_text(text, encoding="utf-8")
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def write_json(self, name: str, content: dict) -> None:
         """Write a JSON file, whole or not at all."""
@@ -62,22 +76,31 @@ class RunFolder:
         self.write_json("config.json", settings | {"made_by": made_by})
 
     def append_metrics(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Add one line to metrics.jsonl."""
+        """Add one line to metrics.jsonl, whole or not at all."""
         line = json.dumps({"iteration": iteration} | {name: round(value, 6) for name, value in metrics.items()})
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        path = self.path / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except BaseException as error:  # Ctrl-C too
+            if path.exists():
+                os.truncate(path, size)
+            if isinstance(error, OSError):
+                error.filename = str(path)
+            raise
 
     def save_models(self, name: str, *parts) -> Path:
         """Save models and tokenizers that share a folder (anything with save_pretrained), whole or not at all."""
-        target, partial = self.path / name, self.path / f"{name}.partial"
-        try:
-            with quiet_transformers():
+        with self.whole(name) as partial, quiet_transformers():
+            try:
                 for part in parts:
                     part.save_pretrained(partial)
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return target
+            except OSError:
+                raise
+            except Exception as error:  # of safetensors and tokenizers, which have no OSError for a full disk
+                raise ValueError(f"cannot write {self.path / name}: {error}") from error
+        return self.path / name
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -99,6 +122,11 @@ def mean_of_last(rows: list[dict], name: str, last: int = LAST) -> float:
     return sum(values) / len(values)
 
 
+def say(text: str) -> None:
+    """One line to the user, beside the progress bars."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def progress(total: int, label: str) -> Callable[..., None]:
     """A progress callback: a bar with time left on a terminal, a line every tenth of the way elsewhere.
 
@@ -112,7 +140,7 @@ def progress(total: int, label: str) -> Callable[..., None]:
         text = "  ".join(f"{name} {value:.2f}" for name, value in shown.items())
         if bar.disable:
             if done * 10 // total > (done - 1) * 10 // total:
-                print(f"{label} {done}/{total}  {text}", file=sys.stderr, flush=True)
+                say(f"{label} {done}/{total}  {text}")
             return
         bar.set_postfix_str(text, refresh=False)
         bar.update(done - bar.n)
@@ -120,6 +148,18 @@ def progress(total: int, label: str) -> Callable[..., None]:
             bar.close()
 
     return update
+
+
+def progress_of_fit(label: str) -> Callable[[int, int, float], None]:
+    """A progress display for a fit whose number of steps is known at its first one."""
+    show = None
+
+    def on_step(step: int, steps: int, loss: float) -> None:
+        nonlocal show
+        show = show or progress(steps, label)
+        show(step, loss=loss)
+
+    return on_step
 
 
 def samples_table(samples: list[dict]) -> str:
@@ -133,7 +173,7 @@ def samples_table(samples: list[dict]) -> str:
         lines.append("| --- |" + " ---: |" * len(numbers) + " --- |")
         for side in ("before", "after"):
             values = " | ".join(f"{sample[side][name]:.2f}" for name in numbers)
-            text = sample[side]["text"].replace("|", "\\|").replace("\n", " ")
+            text = " ".join(sample[side]["text"].split()).replace("|", "\\|")
             lines.append(f"| {side} | {values} | {text} |")
         lines.append("")
     return "\n".join(lines)
@@ -144,23 +184,30 @@ def draw_run(folder: RunFolder, rows: list[dict], tokens: list[str], per_token: 
     from rlhf_lessons import plots
 
     plots.use_style()
-    (folder.path / "figures").mkdir(exist_ok=True)
-    plots.save(plots.training_curves(rows), folder.path / "figures" / "training.png")
-    plots.save(plots.token_view(tokens, per_token), folder.path / "figures" / "tokens.png")
+    with folder.whole("figures") as partial:
+        plots.save(plots.training_curves(rows), partial / "training.png")
+        plots.save(plots.token_view(tokens, per_token), partial / "tokens.png")
 
 
 def summary_table(folders: list[Path]) -> str:
-    """A Markdown table of finished runs, one a row: β, seed, and before → after (mean of the last iterations)."""
+    """A Markdown table of runs of PPO, one a row: β, seed, and before → after (mean of the last iterations).
+
+    A run that was stopped says after how many iterations. Raises ValueError for a folder that holds no run of PPO.
+    """
     lines = ["| run | β | seed | proxy reward | gold reward | KL (nats) |", "| --- | ---: | ---: | --- | --- | ---: |"]
-    for folder in folders:
+    for folder in map(Path, folders):
         try:
-            config, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder}: not a finished run ({error})") from error
-        before, after = summary["before"], summary["after"]
-        gold = f"{before['gold']:.2f} → {after['gold']:.2f}" if "gold" in after else "–"
-        lines.append(
-            f"| {folder.name} | {config['ppo']['kl_coef']:g} | {config['ppo']['seed']} "
-            f"| {before['score']:.2f} → {after['score']:.2f} | {gold} | {after['kl']:.1f} |"
-        )
+            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["ppo"]
+            start = f"| {folder.name} | {settings['kl_coef']:g} | {settings['seed']} "
+            if not (folder / "summary.json").exists():
+                done = len(read_metrics(folder))
+                lines.append(start + f"| stopped after {done} of {settings['num_iterations']} iterations | – | – |")
+                continue
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            before, after = summary["before"], summary["after"]
+            gold = f"{before['gold']:.2f} → {after['gold']:.2f}" if "gold" in after else "–"
+            lines.append(start + f"| {before['score']:.2f} → {after['score']:.2f} | {gold} | {after['kl']:.1f} |")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"{folder}: holds no run of PPO ({reason})") from error
     return "\n".join(lines)

@@ -4,36 +4,40 @@ Each stage reads and writes folders in the usual Hugging Face layout, so that an
 The tiny world serves wherever nothing of one's own is given: its prompts, its annotators, its gold reward.
 """
 
-import importlib
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from rlhf_lessons import data, tiny_reviews
 from rlhf_lessons.fitting import fit_language_model, fit_reward_model, preference_accuracy, score_texts
-from rlhf_lessons.models import (
-    ASSETS,
-    CausalLMWithValueHead,
-    RewardModel,
-    load_causal_lm,
-    load_reward_model,
-    load_tokenizer,
-    new_causal_lm,
-)
-from rlhf_lessons.report import RunFolder, draw_run, mean_of_last, progress, samples_table
+from rlhf_lessons.models import ASSETS, CausalLMWithValueHead, RewardModel, load_causal_lm, new_causal_lm
+from rlhf_lessons.report import RunFolder, draw_run, mean_of_last, progress, progress_of_fit, samples_table, say
 from rlhf_lessons.rollout import RolloutBatch, sample_responses
-from rlhf_lessons.trainer import PPOConfig, PPOTrainer, setting
+from rlhf_lessons.sources import (
+    Sources,
+    check_sources,
+    choose_prompts,
+    choose_score,
+    context_of,
+    load_with_tokenizer,
+    read_fitting_preferences,
+    require_prompts_fit,
+    warn_of_unknown,
+)
+from rlhf_lessons.trainer import PPOConfig, PPOTrainer, as_scores, setting
 
-NUM_PROMPTS = 2000  # drawn from the tiny world, or cut from a corpus
+NUM_HELD_OUT = 1000  # pairs of the tiny world that a reward model is measured on
 NUM_SHOWN = 8  # responses read side by side
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Sizes of the models and of the two fits before PPO. Tokens are of the tokenizer; batches count texts."""
+    """Sizes of the models and of the two fits before PPO, checked when made (ValueError).
+
+    Tokens are of the tokenizer; batches count texts.
+    """
 
     layers: int = setting(4, "layers of a language model trained from scratch")
     width: int = setting(192, "its hidden size")
@@ -48,6 +52,13 @@ class StageConfig:
     reward_batch_size: int = setting(16, "pairs in a step")
     reward_learning_rate: float = setting(1e-3, "of AdamW, at its highest")
     opening_words: int = setting(3, "words of a corpus line that make a prompt; 0: the begin token alone")
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < float("inf") and (name, value) != ("opening_words", 0):
+                raise ValueError(f"{name} must be a number > 0; got {value!r}")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads = {self.heads}; got {self.width}")
 
 
 PRESETS = {
@@ -64,24 +75,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Sources:
-    """What the learner brings; None stands for the tiny world's own."""
-
-    corpus: Path | None = None
-    preferences: Path | None = None
-    eval_preferences: Path | None = None
-    prompts: Path | None = None
-    model: str | None = None
-    reward_model: str | None = None
-    score: str | None = None
-
-    @property
-    def tiny_world(self) -> bool:
-        """Whether the prompts are the tiny world's, where the gold reward means something."""
-        return self.corpus is None and self.prompts is None and self.preferences is None
-
-
 def pretrain(
     sources: Sources, stages: StageConfig, ppo: PPOConfig, folder: RunFolder, name: str = "base_model"
 ) -> Path:
@@ -96,6 +89,9 @@ def pretrain(
         tokenizer, layers=stages.layers, width=stages.width, heads=stages.heads, context=stages.context, seed=ppo.seed
     )
     say(f"language model: {millions(lm)} parameters, {len(tokenizer)} tokens, {len(texts)} texts")
+    cut = sum(len(ids) + 1 > stages.context for ids in tokenizer(texts).input_ids)
+    if cut:
+        say(f"{cut} of the texts are longer than the context of {stages.context} tokens and are cut there")
     show = progress_of_fit("language model")
     fit_language_model(
         lm, texts, tokenizer, epochs=stages.lm_epochs, batch_size=stages.lm_batch_size,
@@ -109,21 +105,25 @@ def annotated_preferences(base: str | Path, count: int, seed: int) -> list[dict[
     """Pairs of answers by the base model to the tiny world's prompts, as its annotators chose between them."""
     generator = torch.Generator().manual_seed(seed)
     prompts = tiny_reviews.prompts(count, generator)
-    lm, tokenizer = load_causal_lm(base), load_tokenizer(base)
+    lm, tokenizer = load_with_tokenizer(load_causal_lm, base)
     a, b = (respond(lm, tokenizer, prompts, generator=generator) for _ in range(2))
     return tiny_reviews.preference_pairs(prompts, a, b, generator)
 
 
 def fit_reward(sources: Sources, base: str | Path, stages: StageConfig, ppo: PPOConfig, folder: RunFolder) -> Path:
     """Train a reward model on preferences, from the base model's trunk, and measure it on held-out pairs."""
-    if sources.preferences is not None:
-        preferences = data.read_preferences(sources.preferences)
-        held_out = data.read_preferences(sources.eval_preferences) if sources.eval_preferences else []
+    lm, tokenizer = load_with_tokenizer(load_causal_lm, base)
+    held_out = []
+    if sources.preferences is None:
+        preferences = annotated_preferences(base, stages.num_preferences + NUM_HELD_OUT, ppo.seed)
+        preferences, held_out = preferences[:-NUM_HELD_OUT], preferences[-NUM_HELD_OUT:]
     else:
-        preferences = annotated_preferences(base, stages.num_preferences + 1000, ppo.seed)
-        preferences, held_out = preferences[:-1000], preferences[-1000:]
-    tokenizer = load_tokenizer(base)
+        preferences = read_fitting_preferences(sources.preferences, tokenizer, lm)
+        warn_of_unknown([pair["chosen"] for pair in preferences], tokenizer, sources.preferences)
+        if sources.eval_preferences is not None:
+            held_out = read_fitting_preferences(sources.eval_preferences, tokenizer, lm)
     model = RewardModel.from_causal_lm(base, pad_token_id=tokenizer.pad_token_id, seed=ppo.seed)
+    say(f"reward model: {millions(model)} parameters, {len(preferences)} pairs")
     fit_reward_model(
         model, preferences, tokenizer, epochs=stages.reward_epochs, batch_size=stages.reward_batch_size,
         learning_rate=stages.reward_learning_rate, seed=ppo.seed, device=ppo.device, precision=ppo.precision,
@@ -133,6 +133,8 @@ def fit_reward(sources: Sources, base: str | Path, stages: StageConfig, ppo: PPO
         accuracy = preference_accuracy(model, held_out, tokenizer)
         folder.write_json("reward_model.json", {"held_out_pairs": len(held_out), "accuracy": round(accuracy, 4)})
         say(f"reward model: right on {accuracy:.1%} of {len(held_out)} held-out pairs")
+    else:
+        say("reward model: not measured, since there are no --eval-preferences")
     return folder.save_models("reward_model", model.cpu(), tokenizer)
 
 
@@ -140,7 +142,8 @@ def respond(
     lm: torch.nn.Module, tokenizer, prompts: list[str], *, max_new_tokens: int = tiny_reviews.MAX_RESPONSE_TOKENS,
     temperature: float = 1.0, generator: torch.Generator | None = None, batch_size: int = 512,
 ) -> list[str]:  # fmt: skip
-    """A sampled response to each prompt, as text."""
+    """A sampled response to each prompt, as text. Raises ValueError for a prompt too long for the model's context."""
+    require_prompts_fit(Sources(), prompts, tokenizer, lm, max_new_tokens=max_new_tokens)
     texts = []
     for start in range(0, len(prompts), batch_size):
         encoded = [data.encode_prompt(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
@@ -153,84 +156,40 @@ def respond(
     return texts
 
 
-def choose_prompts(sources: Sources, stages: StageConfig, seed: int) -> list[str]:
-    """The prompts of PPO, and a word to the user on which they are."""
-    if sources.prompts is not None:
-        prompts, kind = data.read_prompts(sources.prompts), f"from {sources.prompts}"
-    elif sources.corpus is not None and stages.opening_words > 0:
-        prompts = data.sentence_openings(data.read_corpus(sources.corpus), words=stages.opening_words)[:NUM_PROMPTS]
-        kind = f"the first {stages.opening_words} words of texts in {sources.corpus}"
-    elif sources.tiny_world:
-        prompts = tiny_reviews.prompts(NUM_PROMPTS, torch.Generator().manual_seed(seed))
-        kind = "openings of tiny reviews"
-    else:
-        prompts = (
-            [pair["prompt"] for pair in data.read_preferences(sources.preferences)] if sources.preferences else [""]
-        )
-        kind = "those of the preferences" if any(prompts) else "the begin token alone"
-    say(f"prompts: {len(prompts)}, {kind}")
-    return prompts
-
-
-def choose_score(sources: Sources, reward_model: str | Path | None, tokenizer) -> torch.nn.Module | Callable:
-    """What PPO maximises: one's own function, or a reward model (on the tokens if it shares the tokenizer)."""
-    if sources.score is not None:
-        return import_score(sources.score)
-    model, own_tokenizer = load_reward_model(reward_model), load_tokenizer(reward_model)
-    if own_tokenizer.get_vocab() == tokenizer.get_vocab():
-        return model
-    return lambda prompts, responses: score_texts(model, own_tokenizer, prompts, responses)
-
-
-def import_score(name: str) -> Callable:
-    """The function that `module:function` names, the module found from the working directory."""
-    module, _, function = name.partition(":")
-    sys.path.insert(0, "")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--score must be module:function, importable from here; got {name!r} ({error})") from error
-    finally:
-        sys.path.remove("")
-
-
 def optimise(
-    sources: Sources, base: str | Path, reward_model: str | Path | None, stages: StageConfig, ppo: PPOConfig,
-    folder: RunFolder, critic: str = "shared",
+    policy: CausalLMWithValueHead, reference: torch.nn.Module, tokenizer, prompts: list[str],
+    score_fn: torch.nn.Module | Callable, ppo: PPOConfig, folder: RunFolder, *, gold: bool,
 ) -> dict:  # fmt: skip
-    """PPO from the base model, then the report. Returns the summary: before, and the mean of the last iterations."""
-    tokenizer = load_tokenizer(base)
-    prompts = choose_prompts(sources, stages, ppo.seed)
-    score_fn = choose_score(sources, reward_model, tokenizer)
-    policy, reference = CausalLMWithValueHead.from_pretrained(base, critic=critic), load_causal_lm(base)
+    """PPO, then the report. Returns the summary: before, and the mean of the last iterations.
+
+    gold: whether the gold reward is measured too; it means something in the tiny world alone.
+    """
     trainer = PPOTrainer(ppo, policy, reference, score_fn, prompts, tokenizer)
-    folder.write_config(
-        {"stages": asdict(stages), "ppo": asdict(ppo), "critic": critic, "base": str(base)}
-        | {"sources": {name: value and str(value) for name, value in asdict(sources).items()}}
-    )
     history: list[dict[str, float]] = []
     show = progress(ppo.num_iterations, "PPO")
 
-    def gold(batch: RolloutBatch) -> dict[str, float]:
-        return {"gold": float(tiny_reviews.gold_reward(*trainer.texts(batch)).mean())} if sources.tiny_world else {}
+    def gold_of(batch: RolloutBatch) -> dict[str, float]:
+        return {"gold": float(tiny_reviews.gold_reward(*trainer.texts(batch)).mean())} if gold else {}
 
     def on_step(iteration: int, metrics: dict[str, float], batch: RolloutBatch) -> None:
-        metrics |= gold(batch)
+        measured = gold_of(batch)
+        metrics |= measured
         folder.append_metrics(iteration, metrics)
         history.append({"iteration": iteration} | metrics)
-        show(iteration, reward=metrics["score"], **gold(batch), KL=metrics["kl"])
+        show(iteration, reward=metrics["score"], **measured, KL=metrics["kl"])
 
     untrained = trainer.rollout()  # the policy is still the base model
-    before = {"score": float(untrained.scores.mean()), "score_std": float(untrained.scores.std())} | gold(untrained)
+    before = {"score": float(untrained.scores.mean()), "score_std": float(untrained.scores.std())}
+    before |= gold_of(untrained)
     trainer.train(on_step)
     folder.save_models("policy", trainer.policy, tokenizer)
 
-    names = [name for name in ("score", "gold", "kl") if name in history[-1]]
-    summary = {"before": before, "after": {name: mean_of_last(history, name) for name in names}}
-    folder.write_json("summary.json", summary)
-    samples = compare(reference, trainer.policy.lm, tokenizer, prompts, score_fn, ppo, gold=sources.tiny_world)
+    samples = compare(reference, trainer.policy.lm, tokenizer, prompts, score_fn, ppo, gold=gold)
     folder.write_text("samples.md", samples_table(samples))
     draw_run(folder, history, *longest_response(trainer.batch, tokenizer))
+    names = [name for name in ("score", "gold", "kl") if name in history[-1]]
+    summary = {"before": before, "after": {name: mean_of_last(history, name) for name in names}}
+    folder.write_json("summary.json", summary)  # last: a folder that has it is a finished run's
     return summary
 
 
@@ -239,8 +198,8 @@ def compare(
     gold: bool, count: int = NUM_SHOWN,
 ) -> list[dict]:  # fmt: skip
     """Responses of two models to the same prompts, each with its score, and its gold reward in the tiny world."""
-    generator = torch.Generator().manual_seed(ppo.seed)
-    prompts = [prompts[i] for i in torch.randint(len(prompts), (count,), generator=generator).tolist()]
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(ppo.seed)).tolist()
+    prompts = [prompts[order[i % len(order)]] for i in range(count)]
     samples = [{"prompt": prompt} for prompt in prompts]
     for side, lm in (("before", before), ("after", after)):
         draw = torch.Generator(lm.device).manual_seed(ppo.seed)
@@ -249,10 +208,31 @@ def compare(
         )
         is_model = isinstance(score_fn, torch.nn.Module)
         scores = score_texts(score_fn, tokenizer, prompts, texts) if is_model else score_fn(prompts, texts)
+        scores = as_scores(scores, count)
         golds = tiny_reviews.gold_reward(prompts, texts) if gold else [None] * count
         for sample, text, score, gold_value in zip(samples, texts, scores, golds, strict=True):
             sample[side] = {"text": text, "score": float(score)} | ({"gold": float(gold_value)} if gold else {})
     return samples
+
+
+def side_by_side(
+    sources: Sources, *, policy: str | None, prompts: list[str] | None, count: int, max_new_tokens: int, seed: int
+) -> list[dict]:
+    """What `sample` shows: responses of the model before PPO and after it (`policy`), as `compare` gives them."""
+    if count < 1:
+        raise ValueError(f"count must be a whole number >= 1; got {count}")
+    ppo = PPOConfig(max_new_tokens=max_new_tokens, seed=seed)
+    if sources.score is None and sources.reward_model is None:
+        sources = replace(sources, reward_model=str(ASSETS / "reward_model"))
+    check_sources(sources, device="cpu", precision="no")
+    before, tokenizer = load_with_tokenizer(load_causal_lm, sources.model or ASSETS / "base")
+    after, own_tokenizer = load_with_tokenizer(load_causal_lm, policy or ASSETS / "aligned")
+    if tokenizer.get_vocab() != own_tokenizer.get_vocab():
+        raise ValueError("--model (before) and --policy (after) must share a tokenizer; give both, from one run")
+    score_fn = choose_score(sources, sources.reward_model, tokenizer, device="cpu")
+    prompts = prompts or choose_prompts(sources, opening_words=0, seed=seed)
+    gold = tokenizer.get_vocab() == tiny_reviews.build_tokenizer().get_vocab()
+    return compare(before, after, tokenizer, prompts, score_fn, ppo, gold=gold, count=count)
 
 
 def longest_response(batch: RolloutBatch, tokenizer) -> tuple[list[str], dict[str, list[float]]]:
@@ -268,37 +248,41 @@ def longest_response(batch: RolloutBatch, tokenizer) -> tuple[list[str], dict[st
     return [token.replace("Ġ", "") for token in tokens], {k: v[row, steps].tolist() for k, v in quantities.items()}
 
 
+def begin(sources: Sources, stages: StageConfig, ppo: PPOConfig, folder: RunFolder, critic: str = "shared") -> None:
+    """What every command does first: check what was given, then write the settings down."""
+    check_sources(sources, device=ppo.device, precision=ppo.precision)
+    given = {name: value and str(value) for name, value in asdict(sources).items()}
+    folder.write_config({"sources": given, "stages": asdict(stages), "ppo": asdict(ppo), "critic": critic})
+
+
 def run(sources: Sources, stages: StageConfig, ppo: PPOConfig, folder: RunFolder, critic: str = "shared") -> dict:
-    """The whole pipeline; a stage whose result is given is left out."""
-    if sources.model is not None:
-        base = sources.model
-    elif sources.corpus is not None:
+    """The whole pipeline; a stage whose result is given is left out. Returns the summary of `optimise`."""
+    begin(sources, stages, ppo, folder, critic)
+    prompts = choose_prompts(sources, opening_words=stages.opening_words, seed=ppo.seed)
+    if sources.model is None and sources.corpus is not None:
+        if stages.context <= ppo.max_new_tokens:
+            raise ValueError(f"context must be more than max_new_tokens = {ppo.max_new_tokens}; got {stages.context}")
         base = pretrain(sources, stages, ppo, folder)
     else:
-        base = ASSETS / "base"
+        base = sources.model or ASSETS / "base"
+    reference, tokenizer = load_with_tokenizer(load_causal_lm, base)
+    say(f"base model: {base}, {millions(reference)} parameters, context {context_of(reference)}")
+    require_prompts_fit(sources, prompts, tokenizer, reference, max_new_tokens=ppo.max_new_tokens)
+    if sources.prompts is not None:
+        warn_of_unknown(prompts, tokenizer, sources.prompts)
+
     reward_model = sources.reward_model
     if reward_model is None and sources.score is None:
         reward_model = fit_reward(sources, base, stages, ppo, folder)
-    return optimise(sources, base, reward_model, stages, ppo, folder, critic)
-
-
-def progress_of_fit(label: str) -> Callable[[int, int, float], None]:
-    """A progress display for a fit whose number of steps is known at its first one."""
-    show = None
-
-    def on_step(step: int, steps: int, loss: float) -> None:
-        nonlocal show
-        show = show or progress(steps, label)
-        show(step, loss=loss)
-
-    return on_step
+    score_fn = choose_score(sources, reward_model, tokenizer, device=ppo.device)
+    say(f"PPO maximises {sources.score or f'the scores of {reward_model}'}")
+    if isinstance(score_fn, torch.nn.Module):
+        options = dict(max_new_tokens=ppo.max_new_tokens, whose="the reward model")
+        require_prompts_fit(sources, prompts, tokenizer, score_fn, **options)
+    policy = CausalLMWithValueHead.from_pretrained(base, critic=critic)
+    return optimise(policy, reference, tokenizer, prompts, score_fn, ppo, folder, gold=sources.tiny_world)
 
 
 def millions(model: torch.nn.Module) -> str:
     """A model's parameter count, readable: 0.25 M."""
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"
-
-
-def say(text: str) -> None:
-    """One line to the user, beside the progress bars."""
-    print(text, file=sys.stderr, flush=True)

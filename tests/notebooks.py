@@ -91,9 +91,16 @@ def execute(path: Path, *, timeout: int = TIMEOUT) -> None:
     specs = KernelSpecManager(kernel_dirs=[])
     kernel = AsyncKernelManager(kernel_spec_manager=specs, kernel_name="python3")
     client = NotebookClient(
-        notebook, km=kernel, timeout=timeout, coalesce_streams=True, record_timing=False
+        notebook,
+        km=kernel,
+        timeout=timeout,
+        coalesce_streams=True,
+        record_timing=False,
+        extra_arguments=["--log-level=ERROR"],
     )
-    client.execute(cwd=str(path.resolve().parent), env={**os.environ, **ENVIRONMENT})
+    # cleanup_kc: the kernel ends with its notebook, although the client did not make its manager.
+    environment = {**os.environ, **ENVIRONMENT}
+    client.execute(cwd=str(path.resolve().parent), env=environment, cleanup_kc=True)
     normalise(notebook)
     save(notebook, path)
 

@@ -1,0 +1,165 @@
+"""Lesson 01: log-probabilities of the tokens that were chosen."""
+
+import torch
+from torch import Tensor
+
+from rlhf_lessons import policy_gradient
+from rlhf_lessons.checks._harness import Case, Check, Wrong
+from rlhf_lessons.checks._inputs import Draw, transposed
+
+
+def picked(values: Tensor, actions: Tensor) -> Tensor:
+    """The entry of each distribution that belongs to the action: (B, T, V), (B, T) -> (B, T)."""
+    return values.gather(-1, actions[..., None]).squeeze(-1)
+
+
+# --- Exercise: action_log_probs ----------------------------------------------------------------
+
+
+def action_log_prob_cases() -> list[Case]:
+    d, single = Draw(101), Draw(102, torch.float32)
+    logits, far = d.normal(3, 5, 4, scale=2), single.normal(2, 3, 4)
+    return [
+        Case("one row, two steps, three words", {"logits": d.normal(1, 2, 3), "actions": d.tokens(3, 1, 2)}),
+        Case("three rows, five steps", {"logits": logits, "actions": d.tokens(4, 3, 5)}),
+        Case("logits that are not contiguous", {"logits": transposed(logits), "actions": d.tokens(4, 3, 5)}),
+        Case("float32", {"logits": single.normal(2, 3, 4), "actions": single.tokens(4, 2, 3)}),
+        Case(
+            "float32, logits hundreds apart",
+            {"logits": far + torch.tensor([0.0, 300.0, 0.0, 0.0]), "actions": torch.tensor([[0, 2, 3], [2, 0, 1]])},
+        ),
+    ]
+
+
+action_log_probs = Check(
+    name="action_log_probs",
+    reference=policy_gradient.action_log_probs,
+    cases=action_log_prob_cases,
+    gradient_of=("logits",),
+    wrong=(
+        Wrong(
+            "the logit itself",
+            picked,
+            "You return the logit of the chosen token. A logit is a score up to a constant: subtract the "
+            "logsumexp over the vocabulary to make it a log-probability.",
+        ),
+        Wrong(
+            "the probability",
+            lambda logits, actions: picked(logits.softmax(-1), actions),
+            "These are probabilities. Take the logarithm: all results should be at most 0.",
+        ),
+        Wrong(
+            "the sign",
+            lambda logits, actions: -policy_gradient.action_log_probs(logits, actions),
+            "The sign is flipped: cross-entropy is −log π, and log-probabilities are never positive.",
+        ),
+        Wrong(
+            "normalised over time",
+            lambda logits, actions: picked(logits.log_softmax(1), actions),
+            "You normalise over the steps (dim 1). The probabilities that sum to 1 are those of the words at one "
+            "step: the last dimension.",
+        ),
+        Wrong(
+            "normalised over the batch",
+            lambda logits, actions: picked(logits.log_softmax(0), actions),
+            "You normalise over the batch (dim 0). The probabilities that sum to 1 are those of the words at one "
+            "step: the last dimension.",
+        ),
+        Wrong(
+            "the greedy token",
+            lambda logits, actions: logits.log_softmax(-1).amax(-1),
+            "You return the log-probability of the likeliest token. Wanted is that of the token in actions, "
+            "likely or not.",
+        ),
+        Wrong(
+            "shifted inside",
+            lambda logits, actions: picked(logits[:, :-1].log_softmax(-1), actions[:, 1:]),
+            "You shift by one, and lose a step. Here logits[:, t] already is the distribution that actions[:, t] "
+            "was drawn from: the shift belongs where logits are cut out of a model's output.",
+        ),
+        Wrong(
+            "the sum over the sequence",
+            lambda logits, actions: policy_gradient.action_log_probs(logits, actions).sum(-1),
+            "You sum over the steps. That is log P of the whole sequence; wanted is one number per token, (B, T).",
+        ),
+        Wrong(
+            "log of softmax",
+            lambda logits, actions: picked(logits.softmax(-1).log(), actions),
+            "Ordinary logits are right, logits hundreds apart are not: softmax rounds to 0 there and its "
+            "logarithm is −∞. log_softmax, or z − logsumexp z, does both in one stable step.",
+        ),
+    ),
+)
+
+
+# --- Bug hunt: the shift by one ----------------------------------------------------------------
+
+
+def response_log_probs(logits: Tensor, tokens: Tensor, prompt_length: int) -> Tensor:
+    """Log-probabilities of the response: logits at P−1 … L−2 belong to the tokens at P … L−1."""
+    return policy_gradient.action_log_probs(logits[:, prompt_length - 1 : -1], tokens[:, prompt_length:])
+
+
+def shift_cases() -> list[Case]:
+    d, single = Draw(111), Draw(112, torch.float32)
+
+    def case(says: str, draw: Draw, batch: int, prompt: int, response: int) -> Case:
+        length = prompt + response
+        inputs = {"logits": draw.normal(batch, length, 5, scale=2), "tokens": draw.tokens(5, batch, length)}
+        return Case(says, inputs | {"prompt_length": prompt})
+
+    return [
+        case("a prompt of 2, a response of 3", d, 1, 2, 3),
+        case("a prompt of 4, a response of 2", d, 3, 4, 2),
+        case("a prompt of 1, a response of 5", d, 2, 1, 5),
+        case("a response of a single token", d, 2, 3, 1),
+        case("float32", single, 2, 3, 4),
+    ]
+
+
+shift_by_one = Check(
+    name="shift_by_one",
+    reference=response_log_probs,
+    cases=shift_cases,
+    gradient_of=("logits",),
+    wrong=(
+        Wrong(
+            "not shifted",
+            lambda z, y, p: policy_gradient.action_log_probs(z[:, p:], y[:, p:]),
+            "The shift by one is still missing: logits at position t were computed after reading token t, and "
+            "predict token t+1. Which position predicts the first token of the response?",
+        ),
+        Wrong(
+            "shifted the wrong way",
+            lambda z, y, p: policy_gradient.action_log_probs(z[:, p:].roll(-1, 1), y[:, p:]),
+            "You shift the wrong way: these logits come from positions after the token, which have already read it.",
+        ),
+        Wrong(
+            "shifted the tokens back",
+            lambda z, y, p: policy_gradient.action_log_probs(z[:, p - 1 : -1], y[:, p - 1 : -1]),
+            "Logits and tokens are shifted together, so they still belong to the same position. Shift the logits "
+            "alone.",
+        ),
+        Wrong(
+            "wrapped around",
+            lambda z, y, p: policy_gradient.action_log_probs(z.roll(2, 1)[:, p:], y[:, p:]),
+            "You shift by two positions; the token at t was drawn from the logits at t−1.",
+        ),
+        Wrong(
+            "shifted inside the response",
+            lambda z, y, p: policy_gradient.action_log_probs(z[:, p:-1], y[:, p + 1 :]),
+            "The shift is right, but made inside the response, which loses its first token: that one is predicted "
+            "by the last position of the prompt.",
+        ),
+        Wrong(
+            "prompt left in",
+            lambda z, y, p: policy_gradient.action_log_probs(z[:, :-1], y[:, 1:]),
+            "The shift is right, but the prompt's tokens are still in the result. The policy did not choose those.",
+        ),
+        Wrong(
+            "logits instead of log-probabilities",
+            lambda z, y, p: picked(z[:, p - 1 : -1], y[:, p:]),
+            "The positions are right, but these are logits: the log_softmax over the vocabulary has gone.",
+        ),
+    ),
+)

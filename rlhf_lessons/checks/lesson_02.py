@@ -1,0 +1,176 @@
+"""Lesson 02: the loss of a reward model, and where its score is read."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_lessons import preferences
+from rlhf_lessons.checks._harness import Case, Check, Wrong
+from rlhf_lessons.checks._inputs import Draw, prefix_mask, under_padding
+
+# --- Exercise: bradley_terry_loss --------------------------------------------------------------
+
+
+def bradley_terry_cases() -> list[Case]:
+    d, single = Draw(201), Draw(202, torch.float32)
+    return [
+        Case("one pair", {"chosen": d.normal(1), "rejected": d.normal(1)}),
+        Case("two pairs", {"chosen": d.normal(2), "rejected": d.normal(2)}),
+        Case("seven pairs", {"chosen": d.normal(7, scale=2), "rejected": d.normal(7, scale=2)}),
+        Case("scores that are not contiguous", {"chosen": d.normal(4, 2)[:, 0], "rejected": d.normal(4, 2)[:, 1]}),
+        Case("float32", {"chosen": single.normal(5), "rejected": single.normal(5)}),
+        Case(
+            "float32, scores hundreds apart",
+            {"chosen": torch.tensor([200.0, -200.0, 1.0]), "rejected": torch.tensor([-200.0, 150.0, 0.5])},
+        ),
+    ]
+
+
+bradley_terry_loss = Check(
+    name="bradley_terry_loss",
+    reference=preferences.bradley_terry_loss,
+    cases=bradley_terry_cases,
+    gradient_of=("chosen", "rejected"),
+    wrong=(
+        Wrong(
+            "the sign",
+            lambda chosen, rejected: F.logsigmoid(chosen - rejected).mean(),
+            "This is the log-likelihood, which is to go up. A loss goes down: what is missing is the minus.",
+        ),
+        Wrong(
+            "chosen and rejected swapped",
+            lambda chosen, rejected: -F.logsigmoid(rejected - chosen).mean(),
+            "The loss is low when the rejected answer scores higher: chosen and rejected are swapped.",
+        ),
+        Wrong(
+            "no logarithm",
+            lambda chosen, rejected: -torch.sigmoid(chosen - rejected).mean(),
+            "This is −σ(margin), without the logarithm: its gradient vanishes where the model is most wrong.",
+        ),
+        Wrong(
+            "one minus the probability",
+            lambda chosen, rejected: (1 - torch.sigmoid(chosen - rejected)).mean(),
+            "This is the expected error rate, 1 − σ(margin), not the negative log-likelihood −log σ(margin).",
+        ),
+        Wrong(
+            "no sigmoid",
+            lambda chosen, rejected: -(chosen - rejected).mean(),
+            "There is no sigmoid: this loss has no floor, and rewards a pair that is long since right as much as a "
+            "wrong one.",
+        ),
+        Wrong(
+            "hinge",
+            lambda chosen, rejected: F.relu(1 - (chosen - rejected)).mean(),
+            "This is the hinge loss, another way to rank. Bradley–Terry is −log σ(margin).",
+        ),
+        Wrong(
+            "log after the mean",
+            lambda chosen, rejected: -torch.sigmoid(chosen - rejected).mean().log(),
+            "One pair is right, several are not: you take the logarithm of the mean. The likelihood of independent "
+            "comparisons is a product, so the logarithm comes first.",
+        ),
+        Wrong(
+            "mean margin",
+            lambda chosen, rejected: -F.logsigmoid((chosen - rejected).mean()),
+            "One pair is right, several are not: you average the scores before the loss. Each pair has a loss of "
+            "its own; then average those.",
+        ),
+        Wrong(
+            "the sum",
+            lambda chosen, rejected: -F.logsigmoid(chosen - rejected).sum(),
+            "One pair is right, several are not: you sum over the pairs where the mean is wanted.",
+        ),
+        Wrong(
+            "one loss per pair",
+            lambda chosen, rejected: -F.logsigmoid(chosen - rejected),
+            "You return one loss per pair; average them to a scalar.",
+        ),
+        Wrong(
+            "absolute scores",
+            lambda chosen, rejected: -(F.logsigmoid(chosen) + F.logsigmoid(-rejected)).mean(),
+            "You judge each answer by itself (chosen up to 1, rejected down to 0). Only the difference of the two "
+            "may matter: adding 10 to both should change nothing.",
+        ),
+        Wrong(
+            "log of sigmoid",
+            lambda chosen, rejected: -torch.sigmoid(chosen - rejected).log().mean(),
+            "Ordinary scores are right, scores hundreds apart are not: sigmoid rounds to 0 there and its "
+            "logarithm is −∞. F.logsigmoid does both in one stable step.",
+        ),
+    ),
+)
+
+
+# --- Bug hunt: the score of the last real token ------------------------------------------------
+
+
+def last_real_score(token_scores: Tensor, mask: Tensor) -> Tensor:
+    """The score at each row's last real token, wherever the padding is: (B, L) -> (B,)."""
+    steps = torch.arange(mask.shape[1])
+    return token_scores.gather(1, torch.where(mask, steps, -1).amax(1, keepdim=True)).squeeze(1)
+
+
+def last_token_cases() -> list[Case]:
+    d, single = Draw(211), Draw(212, torch.float32)
+
+    def case(says: str, draw: Draw, mask: Tensor, garbage: float) -> Case:
+        scores = under_padding(draw.normal(*mask.shape), mask, garbage)
+        return Case(says, {"token_scores": scores, "mask": mask})
+
+    right, left = prefix_mask([2, 3, 5], 5), prefix_mask([2, 5, 3], 5).flip(1)
+    return [
+        case("padding on the right", d, prefix_mask([2, 3, 4], 4), 1.5),
+        case("no padding", d, prefix_mask([4, 4], 4), 0.0),
+        case("padding on the left", d, left, 1.5),
+        case("NaN under the padding", d, right, math.nan),
+        case("a single token", d, prefix_mask([1, 2], 2), 7.0),
+        case("float32", single, right, 3.0),
+    ]
+
+
+last_real_token = Check(
+    name="last_real_token",
+    reference=last_real_score,
+    cases=last_token_cases,
+    gradient_of=("token_scores",),
+    wrong=(
+        Wrong(
+            "the last position",
+            lambda s, mask: s[:, -1],
+            "You still read the score at the last position. In a padded row that is a padding token.",
+        ),
+        Wrong(
+            "the first padding token",
+            lambda s, mask: s.gather(1, mask.sum(1, keepdim=True).clamp(max=s.shape[1] - 1)).squeeze(1),
+            "You read one position too far: a row with n real tokens ends at index n − 1.",
+        ),
+        Wrong(
+            "the token before the last",
+            lambda s, mask: s.gather(1, (mask.sum(1, keepdim=True) - 2).clamp(min=0)).squeeze(1),
+            "You read one position too early: a row with n real tokens ends at index n − 1.",
+        ),
+        Wrong(
+            "right padding taken for granted",
+            lambda s, mask: s.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1),
+            "Padding on the right is right, on the left is not: the number of real tokens says where the last one "
+            "is only if they start at index 0.",
+        ),
+        Wrong(
+            "the first real token",
+            lambda s, mask: s.gather(1, mask.long().argmax(1, keepdim=True)).squeeze(1),
+            "You read the first real token: argmax finds the first True, and that token has not read the text.",
+        ),
+        Wrong(
+            "the mean over the real tokens",
+            lambda s, mask: torch.where(mask, s, 0).sum(1) / mask.sum(1),
+            "You average over the real tokens. The score is read at one of them, the only one that has read all.",
+        ),
+        Wrong(
+            "the sum over the real tokens",
+            lambda s, mask: torch.where(mask, s, 0).sum(1),
+            "You sum over the real tokens, so that long texts score more. The score is read at one of them, the last.",
+        ),
+    ),
+)

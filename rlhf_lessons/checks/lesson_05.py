@@ -1,0 +1,310 @@
+"""Lesson 05: generalised advantage estimation, in one episode and in several packed into a row."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_lessons import advantages
+from rlhf_lessons.checks._harness import Case, Check, Wrong
+from rlhf_lessons.checks._inputs import Draw, prefix_mask, transposed, under_padding
+
+# --- Exercise: gae -----------------------------------------------------------------------------
+
+
+def gae_cases() -> list[Case]:
+    d, single = Draw(501), Draw(502, torch.float32)
+    ragged = prefix_mask([2, 4, 1], 4)
+
+    def plain(says: str, batch: int, steps: int, gamma: float, lam: float, layout=lambda x: x) -> Case:
+        inputs = {"rewards": layout(d.normal(batch, steps)), "values": layout(d.normal(batch, steps))}
+        return Case(says, inputs, {"gamma": gamma, "lam": lam})
+
+    def masked(says: str, draw: Draw, garbage: float) -> Case:
+        inputs = {name: under_padding(draw.normal(3, 4), ragged, garbage) for name in ("rewards", "values")}
+        return Case(says, inputs | {"mask": ragged}, {"gamma": 0.9, "lam": 0.7})
+
+    return [
+        plain("a single step", 1, 1, 0.9, 0.95),
+        plain("λ = 0", 1, 3, 0.9, 0.0),
+        plain("λ = 1, γ = 1", 1, 3, 1.0, 1.0),
+        plain("λ = 1", 1, 3, 0.9, 1.0),
+        plain("γ = 1", 1, 4, 1.0, 0.6),
+        plain("γ = 0.9, λ = 0.7", 2, 5, 0.9, 0.7),
+        masked("padding, with numbers under it", d, 30.0),
+        masked("padding, with NaN under it", d, math.nan),
+        plain("tensors that are not contiguous", 3, 4, 0.8, 0.5, transposed),
+        masked("float32", single, 5.0),
+    ]
+
+
+def misread(
+    *,
+    decay=lambda gamma, lam: gamma * lam,
+    foresight=lambda gamma: gamma,
+    minus_value=1.0,
+    sees_next=True,
+    cut_value=True,
+    cut_sum=True,
+    clean=True,
+    returns=lambda adv, rewards, values: adv + values,
+):
+    """GAE as its recursion is written, with one thing read wrongly.
+
+    decay, foresight: the factors of Â_{t+1} and of V(s_{t+1}); minus_value: that of V(s_t); sees_next: whether δ looks
+    at V(s_{t+1}) or at V(s_t); cut_value, cut_sum: whether the padding is kept out of δ and of the sum; clean: whether
+    the padding of the results is set to 0.
+    """
+
+    def wrong_gae(rewards, values, mask=None, *, gamma, lam):
+        mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+        inside = F.pad(mask[:, 1:], (0, 1), value=False)
+        following = F.pad(values[:, 1:], (0, 1)) if sees_next else values
+        following = torch.where(inside, following, 0) if cut_value else following
+        delta = rewards + foresight(gamma) * following - minus_value * values
+        delta = torch.where(mask, delta, 0) if cut_sum else delta
+        advantage, steps = torch.zeros_like(delta[:, 0]), []
+        for t in reversed(range(delta.shape[1])):
+            advantage = delta[:, t] + decay(gamma, lam) * advantage
+            steps.insert(0, advantage)
+        result = torch.stack(steps, dim=1)
+        both = result, returns(result, rewards, values)
+        return tuple(torch.where(mask, x, 0) for x in both) if clean else both
+
+    return wrong_gae
+
+
+def averaged(rewards, values, mask=None, *, gamma, lam):
+    """GAE with the factor 1 − λ of the infinite sum of n-step advantages left on the TD residuals."""
+    result, returns = advantages.gae(rewards, values, mask, gamma=gamma, lam=lam)
+    return (1 - lam) * result, returns - lam * result
+
+
+def forwards(rewards, values, mask=None, *, gamma, lam):
+    """The recursion run from the first step on: every advantage collects the past."""
+    delta = advantages.td_residuals(rewards, values, mask, gamma=gamma)
+    carried, steps = torch.zeros_like(delta[:, 0]), []
+    for t in range(delta.shape[1]):
+        carried = delta[:, t] + gamma * lam * carried
+        steps.append(carried)
+    result = torch.stack(steps, dim=1)
+    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+    return tuple(torch.where(mask, x, 0) for x in (result, result + values))
+
+
+gae = Check(
+    name="gae",
+    reference=advantages.gae,
+    cases=gae_cases,
+    outputs=("advantages", "returns"),
+    wrong=(
+        Wrong(
+            "λ forgotten",
+            misread(decay=lambda gamma, lam: gamma),
+            "λ = 1 is right, λ = 0 is not: the recursion is multiplied by γ alone. It decays by γλ.",
+        ),
+        Wrong(
+            "γ forgotten in the recursion",
+            misread(decay=lambda gamma, lam: lam),
+            "γ = 1 is right, γ = 0.9 with λ = 1 is not: the recursion is multiplied by λ alone. It decays by γλ.",
+        ),
+        Wrong(
+            "no recursion",
+            misread(decay=lambda gamma, lam: 0.0),
+            "λ=0 is right, λ=1 is not: is the recursion multiplied by γλ? These are the TD residuals alone.",
+        ),
+        Wrong(
+            "no decay at all",
+            misread(decay=lambda gamma, lam: 1.0),
+            "λ = γ = 1 is right, λ = 0 is not: the residuals are summed without any decay. Each step back takes γλ.",
+        ),
+        Wrong(
+            "1 − λ",
+            averaged,
+            "λ = 0 is right, and elsewhere everything is smaller by 1 − λ. That factor belongs to the average of "
+            "n-step advantages; written with δ it has cancelled: Σ (γλ)^k δ_{t+k}.",
+        ),
+        Wrong(
+            "V(s_t) not subtracted",
+            misread(minus_value=0.0),
+            "V(s_t) is not subtracted: a TD residual is what came minus what was expected.",
+        ),
+        Wrong(
+            "V(s_t) added",
+            misread(minus_value=-1.0),
+            "V(s_t) has the wrong sign in δ: what was expected is subtracted.",
+        ),
+        Wrong(
+            "the next value not discounted",
+            misread(foresight=lambda gamma: 1.0),
+            "γ = 1 is right, γ = 0.9 is not, with λ = 0 neither: V(s_{t+1}) in δ is not discounted.",
+        ),
+        Wrong(
+            "no next value",
+            misread(foresight=lambda gamma: 0.0),
+            "δ lacks γ V(s_{t+1}): r_t − V(s_t) calls an action bad for everything that is still to come.",
+        ),
+        Wrong(
+            "the same value twice",
+            misread(sees_next=False, cut_value=False),
+            "δ uses V(s_t) where V(s_{t+1}) is wanted, also after the last step, where it is 0. Shift the values "
+            "by one.",
+        ),
+        Wrong(
+            "λ in the TD residual",
+            lambda rewards, values, mask=None, *, gamma, lam: misread(foresight=lambda gamma: gamma * lam)(
+                rewards, values, mask, gamma=gamma, lam=lam
+            ),
+            "λ = 1 is right, λ = 0 is not: λ also multiplies V(s_{t+1}) in δ. There it is γ alone; λ decays the sum.",
+        ),
+        Wrong(
+            "forwards in time",
+            forwards,
+            "λ = 0 is right, λ = 1 is not: your recursion runs forwards, so each step collects past residuals. It "
+            "starts at the last step and runs back.",
+        ),
+        Wrong(
+            "returns without the values",
+            misread(returns=lambda adv, rewards, values: adv),
+            "The advantages are right, the returns are not: the critic's target is Â + V, not Â.",
+        ),
+        Wrong(
+            "returns minus the values",
+            misread(returns=lambda adv, rewards, values: adv - values),
+            "The advantages are right, the returns have the wrong sign of V: the critic's target is Â + V.",
+        ),
+        Wrong(
+            "the values as returns",
+            misread(returns=lambda adv, rewards, values: values),
+            "The advantages are right, but the returns are the values themselves: the critic would have nothing "
+            "to learn.",
+        ),
+        Wrong(
+            "the mask dropped",
+            misread(cut_value=False, cut_sum=False, clean=False),
+            "Without a mask it is right, with one it is not: padding enters δ and the sum, and stands in the result.",
+        ),
+        Wrong(
+            "masked only at the end",
+            misread(cut_value=False, cut_sum=False),
+            "The padding of the result is 0, as it should be, but what stood there was already in the sums: cut "
+            "V(s_{t+1}) and Â_{t+1} at the last real step.",
+        ),
+        Wrong(
+            "the value of the first pad",
+            misread(cut_value=False),
+            "The recursion stops at the last real step, but δ there still looks at V of the first padding token. "
+            "After the end that value is 0.",
+        ),
+        Wrong(
+            "the sum over the padding",
+            misread(cut_sum=False),
+            "V after the end is 0, as it should be, but the residuals of the padding are still summed: set δ to 0 "
+            "where mask is False, before the recursion.",
+        ),
+    ),
+)
+
+
+# --- Bug hunt: the next episode let in ---------------------------------------------------------
+
+
+def packed_gae(rewards: Tensor, values: Tensor, terminated: Tensor, *, gamma: float, lam: float) -> Tensor:
+    """Advantages (B, T) of rows that hold several episodes; terminated is True on the last step of each."""
+    return advantages.gae(rewards, values, gamma=gamma, lam=lam, terminated=terminated)[0]
+
+
+def packed_cases() -> list[Case]:
+    d, single = Draw(511), Draw(512, torch.float32)
+
+    def case(says: str, draw: Draw, ends: list[list[int]], lam: float) -> Case:
+        terminated = torch.tensor(ends, dtype=torch.bool)
+        inputs = {"rewards": draw.normal(*terminated.shape), "values": draw.normal(*terminated.shape)}
+        return Case(says, inputs | {"terminated": terminated}, {"gamma": 0.9, "lam": lam})
+
+    return [
+        case("one episode in the row", d, [[0, 0, 1]], 0.7),
+        case("two episodes, λ = 0", d, [[0, 1, 0, 1]], 0.0),
+        case("two episodes, λ = 0.7", d, [[0, 1, 0, 1]], 0.7),
+        case("episodes of a single step", d, [[1, 1, 0, 0, 1], [0, 0, 0, 1, 1]], 0.8),
+        case("float32", single, [[0, 1, 0, 0, 1], [1, 0, 0, 1, 1]], 0.9),
+    ]
+
+
+def misread_ends(*, value_ends=lambda end: end, sum_ends=lambda end: end, keeps=lambda end: torch.ones_like(end)):
+    """Packed GAE with the flags that cut the next value, the sum and the rewards read wrongly."""
+
+    def wrong_gae(rewards, values, terminated, *, gamma, lam):
+        following = torch.where(value_ends(terminated), 0, F.pad(values[:, 1:], (0, 1)))
+        delta = torch.where(keeps(terminated), rewards, 0) + gamma * following - values
+        advantage, steps = torch.zeros_like(delta[:, 0]), []
+        for t in reversed(range(delta.shape[1])):
+            advantage = delta[:, t] + gamma * lam * torch.where(sum_ends(terminated)[:, t], 0, advantage)
+            steps.insert(0, advantage)
+        return torch.stack(steps, dim=1)
+
+    return wrong_gae
+
+
+def one_late(end: Tensor) -> Tensor:
+    """The flag of the step after."""
+    return F.pad(end[:, 1:], (0, 1))
+
+
+def one_early(end: Tensor) -> Tensor:
+    """The flag of the step before."""
+    return F.pad(end[:, :-1], (1, 0))
+
+
+def never(end: Tensor) -> Tensor:
+    """No end anywhere."""
+    return torch.zeros_like(end)
+
+
+next_episode = Check(
+    name="next_episode",
+    reference=packed_gae,
+    cases=packed_cases,
+    wrong=(
+        Wrong(
+            "the flag of the next step",
+            misread_ends(value_ends=one_late, sum_ends=one_late),
+            "The next episode still gets in: the flags are read one step late, so the cut comes before an "
+            "episode's last step and not after it. Which flag says that nothing follows step t?",
+        ),
+        Wrong(
+            "the flag of the step before",
+            misread_ends(value_ends=one_early, sum_ends=one_early),
+            "The flags are read one step too far the other way: now each episode's first step is cut off from its "
+            "second.",
+        ),
+        Wrong(
+            "the value not cut",
+            misread_ends(value_ends=never),
+            "The sum stops at an episode's end, but its last δ still contains V of the next episode's first "
+            "state: λ = 0 is wrong as well.",
+        ),
+        Wrong(
+            "the sum not cut",
+            misread_ends(sum_ends=never),
+            "λ = 0 is right, λ = 0.7 is not: δ ignores the next episode, but the sum runs on into it.",
+        ),
+        Wrong(
+            "nothing cut",
+            misread_ends(value_ends=never, sum_ends=never),
+            "One episode in a row is right, two are not: terminated is not used at all.",
+        ),
+        Wrong(
+            "the flag inverted",
+            misread_ends(value_ends=torch.logical_not, sum_ends=torch.logical_not),
+            "The flags are used the wrong way round: terminated is True where the next step does not count.",
+        ),
+        Wrong(
+            "the last reward cut as well",
+            misread_ends(keeps=torch.logical_not),
+            "You also drop the reward of the terminal step. That reward is the episode's own; what does not count "
+            "is what comes after it.",
+        ),
+    ),
+)

@@ -1,0 +1,166 @@
+"""Lesson 10: a run tuned to keep the gold reward, and five faulty runs to tell apart."""
+
+import math
+from collections.abc import Sequence
+
+from rlhf_lessons.checks._harness import CORRECT, NOT_ATTEMPTED, Misconception, first_misconception
+from rlhf_lessons.checks.faults import FAULTS, toy_history
+
+# --- Exercise: tune β --------------------------------------------------------------------------
+
+NEEDED = ("score", "gold", "kl")
+LAST = 5  # iterations whose mean is what a run ends with
+
+
+def ending(history: Sequence[dict], name: str) -> float:
+    """Mean of a metric over the last iterations."""
+    return sum(step[name] for step in history[-LAST:]) / len(history[-LAST:])
+
+
+def best(history: Sequence[dict], name: str) -> float:
+    """Highest mean of a metric over any LAST iterations in a row."""
+    return max(ending(history[: end + 1], name) for end in range(LAST - 1, len(history)))
+
+
+def moved(history: Sequence[dict]) -> bool:
+    """Whether the policy has left the reference at all."""
+    return ending(history, "kl") >= 0.5
+
+
+TUNED_BETA = (
+    Misconception(
+        "gold as the training reward",
+        lambda h, bar, limit: all(step["score"] == step["gold"] for step in h),
+        "score and gold are the same numbers: the run was trained on the gold reward. Nothing may be, or there is "
+        "no judge left. Train on the reward model and steer with β.",
+    ),
+    Misconception(
+        "a negative KL",
+        lambda h, bar, limit: ending(h, "kl") < -0.5,
+        "The KL is clearly below 0. Its estimate may be for one token, but not as a mean over batches: the "
+        "log-probabilities are not those of the policy that sampled (temperature, mask or order of the "
+        "difference).",
+    ),
+    Misconception(
+        "no price on the KL",
+        lambda h, bar, limit: (
+            ending(h, "kl") > limit and ending(h, "gold") < bar and ending(h, "score") > h[0]["score"]
+        ),
+        "The proxy has climbed, the gold reward has not, and the KL is beyond its limit: the reward model is "
+        "being gamed. β is too small.",
+    ),
+    Misconception(
+        "gold held by luck",
+        lambda h, bar, limit: ending(h, "kl") > limit and ending(h, "gold") >= bar,
+        "The gold reward is above the bar, but the KL is beyond its limit: so far from the reference nothing "
+        "vouches for the proxy. Ask the same of a larger β.",
+    ),
+    Misconception(
+        "the peak taken for the end",
+        lambda h, bar, limit: best(h, "gold") >= bar > ending(h, "gold"),
+        "The gold reward was above the bar on the way and is below it at the end. What counts is what the run "
+        "ends with: a larger β holds it, or fewer iterations.",
+    ),
+    Misconception(
+        "β too large",
+        lambda h, bar, limit: not moved(h) and ending(h, "gold") < bar,
+        "The policy has hardly left the reference: the KL is near 0, and nothing has improved. β is too large, or "
+        "the run too short.",
+    ),
+    Misconception(
+        "gold without a KL",
+        lambda h, bar, limit: not moved(h) and ending(h, "gold") >= bar,
+        "Gold above the bar with a KL near 0: a policy that has not moved cannot have improved by so much. Was kl "
+        "or gold measured against another model than the base model?",
+    ),
+    Misconception(
+        "nothing learned",
+        lambda h, bar, limit: ending(h, "score") <= h[0]["score"],
+        "The proxy has not climbed: whatever the gold reward says, the run learned nothing from its reward model. "
+        "Look at the sign of the advantages and at the learning rate.",
+    ),
+    Misconception(
+        "stopped halfway",
+        lambda h, bar, limit: ending(h, "gold") < bar and ending(h, "gold") >= best(h, "gold") - 1e-9,
+        "The gold reward was still climbing when the run ended below the bar: let it run longer, or lower β a little.",
+    ),
+)
+
+
+def tuned_beta(history, *, gold_bar: float = 1.0, max_kl: float = 20.0) -> None:
+    """Lesson 10: a run that ends with the gold reward above a bar and the KL below a limit.
+
+    history: the metrics of one run, a dict per iteration with score, gold and kl (nats per response), as
+    `PPOTrainer.train` returns them with gold added by on_step; NotImplemented or None is "not attempted yet". Means
+    over the last 5 iterations count. Prints "correct" or raises AssertionError with a hint.
+    """
+    if history is NotImplemented or history is None:
+        print(NOT_ATTEMPTED)
+        return
+    check_history(history)
+    first_misconception(TUNED_BETA, history, gold_bar, max_kl)
+    gold = ending(history, "gold")
+    if gold < gold_bar:
+        raise AssertionError(
+            f"The gold reward ends at {gold:.2f}, below the bar of {gold_bar:g}, with the proxy at "
+            f"{ending(history, 'score'):.2f} and a KL of {ending(history, 'kl'):.1f} nats. Try another β."
+        )
+    print(CORRECT)
+
+
+def check_history(history) -> None:
+    """Raise AssertionError unless this is a run's metrics, long enough to have an end."""
+    if not isinstance(history, list | tuple) or not all(isinstance(step, dict) for step in history):
+        raise AssertionError(f"A run's history is wanted, a list of dicts; got {type(history).__name__}.")
+    if len(history) < 2 * LAST:
+        raise AssertionError(
+            f"A run of at least {2 * LAST} iterations is wanted, so that it has an end; got {len(history)}."
+        )
+    for number, step in enumerate(history, start=1):
+        if missing := [name for name in NEEDED if name not in step]:
+            advice = ": add it in on_step, metrics['gold'] = ..." if "gold" in missing else ""
+            raise AssertionError(f"Iteration {number} has no {', '.join(missing)}{advice}.")
+        for name in NEEDED:
+            if not math.isfinite(step[name]):
+                raise AssertionError(
+                    f"{name} is {step[name]} in iteration {number}: the run has broken down before its end."
+                )
+
+
+# --- Bug hunt: one of five planted faults ------------------------------------------------------
+
+PLANTED = {"A": "kl_sign", "B": "critic_not_trained", "C": "score_lost", "D": "wrong_temperature", "E": "entropy_sign"}
+
+
+def healthy_run() -> list[dict[str, float]]:
+    """The metrics of the toy run without a fault, a dict per iteration."""
+    return [dict(step) for step in toy_history(None)]
+
+
+def faulty_runs() -> dict[str, list[dict[str, float]]]:
+    """The metrics of five toy runs, a letter each, every one with another of `FAULTS` planted in it."""
+    return {letter: [dict(step) for step in toy_history(fault)] for letter, fault in PLANTED.items()}
+
+
+def diagnose(answers: dict) -> None:
+    """Lesson 10: which fault is in which run. answers: {"A": name of a fault or None, ... "E": ...}.
+
+    The names are those of `FAULTS`. Prints "not attempted yet" or "correct", or raises AssertionError with the symptom
+    that the named fault would show and the run does not.
+    """
+    if not isinstance(answers, dict):
+        raise AssertionError(f"answers must be the dict of the cell above; got {type(answers).__name__}.")
+    if unknown := [str(key) for key in answers if key not in PLANTED]:
+        raise AssertionError(f"No such run: {', '.join(unknown)}. The runs are {', '.join(PLANTED)}.")
+    open_ones = [letter for letter in PLANTED if answers.get(letter) is None]
+    if len(open_ones) == len(PLANTED):
+        print(NOT_ATTEMPTED)
+        return
+    for letter, fault in PLANTED.items():
+        said = answers.get(letter)
+        if said is None or said == fault:
+            continue
+        if said not in FAULTS:
+            raise AssertionError(f"{letter}: {said!r} is not one of {', '.join(FAULTS)}.")
+        raise AssertionError(f"Run {letter} is not {said}: with that you would see {FAULTS[said].symptom}.")
+    print(f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT)

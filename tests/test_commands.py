@@ -1,0 +1,533 @@
+"""The commands as a learner meets them: help, whole runs on own data, and what is said of bad input.
+
+Commands run in this process, on models of width 32; a process of its own is started where signals, imports at start-up
+or the disk behind standard output matter.
+"""
+
+import json
+import os
+import re
+import resource
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_lessons import __main__ as commands
+from rlhf_lessons.report import read_metrics
+
+FAST = "--num-iterations 2 --batch-size 8 --minibatch-size 8 --ppo-epochs 1 --max-new-tokens 4 --device cpu".split()
+SMALL = "--layers 1 --width 16 --heads 2 --context 32 --lm-epochs 1 --vocab-size 300".split()
+SCORES = """
+CONSTANT = 3
+
+def good(prompts, responses):
+    return [response.split().count("good") for response in responses]
+
+def raises(prompts, responses):
+    return {}[responses[0], "no such key"]
+
+def shape(prompts, responses):
+    return [[1.0] for _ in responses]
+
+def nothing(prompts, responses):
+    pass
+
+def words(prompts, responses):
+    return responses
+
+def infinite(prompts, responses):
+    return torch.full((len(responses),), float("inf"))
+
+import torch
+"""
+PAIR = {"prompt": "film", "chosen": "good .", "rejected": "bad bad ."}
+
+
+def write_files(folder):
+    """Own data, good and bad."""
+    lines = {
+        "prompts.txt": ["film", "good film", "bad bad film"],
+        "long.txt": ["film", "", "good " * 30, "film"],
+        "empty.txt": ["", "  "],
+        "corpus.txt": ["good film . bad film .", "bad good film .", "film film bad ."] * 8,
+        "short.txt": ["good film", "bad"],
+        "pairs.jsonl": [json.dumps(PAIR), json.dumps(PAIR | {"chosen": "good film ."})] * 8,
+        "malformed.jsonl": [json.dumps(PAIR), "", '{"prompt": "film", '],
+        "incomplete.jsonl": [json.dumps(PAIR), json.dumps({"prompt": "film", "chosen": "good"})],
+        "lengthy.jsonl": [json.dumps(PAIR), "", json.dumps(PAIR | {"rejected": "bad " * 30})],
+        "half.jsonl": [json.dumps(PAIR | {"chosen": "good \ud83d ."})],
+        "own_scores.py": [SCORES],
+        "broken_scores.py": ["def good(:"],
+    }
+    for name, content in lines.items():
+        (folder / name).write_text("\n".join(content), encoding="utf-8")
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, make_lm, make_reward_model, make_tokenizer):
+    """A folder with data and models, good and bad."""
+    folder = tmp_path_factory.mktemp("world")
+    write_files(folder)
+    lm, tokenizer, reward = make_lm(), make_tokenizer(), make_reward_model()
+
+    def save(name, *parts):
+        for part in parts:
+            part.save_pretrained(folder / name)
+        return folder / name
+
+    save("lm", lm, tokenizer)
+    save("reward", reward, tokenizer)
+    save("short_reward", make_reward_model(n_positions=6), tokenizer)
+    save("headless", lm.base_model, tokenizer)
+    save("pad_is_eos", lm, make_tokenizer(pad_token="<eos>"))
+    save("no_tokenizer", lm)
+    longer = make_tokenizer()
+    longer.add_tokens(["plot", "story"])
+    save("longer", lm, longer)
+    torch.save(lm.state_dict(), save("pickled", lm, tokenizer) / "pytorch_model.bin")
+    (folder / "pickled" / "model.safetensors").unlink()
+    (save("corrupt", lm, tokenizer) / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not weights")
+    (save("corrupt_tokenizer", lm, tokenizer) / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
+    (folder / "nothing").mkdir()
+    return folder
+
+
+@pytest.fixture
+def run(world, monkeypatch, capsys):
+    """run(*arguments) -> exit code, standard output, standard error of a command, run among the world's files."""
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+    def run(*arguments):
+        try:
+            code = commands.main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            code = exit.code
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def unfinished(folder):
+    return [path.name for path in folder.rglob("*") if path.name.endswith((".partial", ".tmp"))]
+
+
+PPO = "ppo --model lm --prompts prompts.txt --score own_scores:good"
+RUN = "run --corpus corpus.txt --score own_scores:good"
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        # files
+        (f"{PPO} --prompts none.txt", "none.txt: cannot be read: No such file or directory"),
+        (f"{PPO} --prompts nothing", "nothing: cannot be read: Is a directory"),
+        (f"{PPO} --prompts empty.txt", "empty.txt: the file holds no text"),
+        (f"{PPO} --prompts latin.txt", r"latin.txt: not UTF-8 text \(byte 3\)"),
+        (f"{PPO} --prompts long.txt", "long.txt, line 3: the prompt has 31 tokens; .* the model's context of 32"),
+        ("reward --model lm --preferences malformed.jsonl", "malformed.jsonl, line 3: not valid JSON"),
+        ("reward --model lm --preferences incomplete.jsonl", 'incomplete.jsonl, line 2: the field "rejected" is miss'),
+        ("reward --model lm --preferences half.jsonl", 'half.jsonl, line 1: the field "chosen" holds half of a surro'),
+        (
+            "reward --model lm --preferences lengthy.jsonl",
+            "lengthy.jsonl, line 3: prompt and rejected have 33 tokens together, EOS included; .* context is 32",
+        ),
+        (
+            "reward --model lm --preferences pairs.jsonl --eval-preferences lengthy.jsonl",
+            "lengthy.jsonl, line 3: prompt and rejected",
+        ),
+        ("reward --model lm --eval-preferences pairs.jsonl", "--eval-preferences measures the reward model made from"),
+        (f"{RUN} --corpus short.txt", "short.txt: no line has more than 3 words, .* lower --opening-words"),
+        (f"{RUN} --context 4", "context must be more than max_new_tokens = 4; got 4"),
+        # models
+        (f"{PPO} --model pad_is_eos", "tokenizer must not use its EOS token as padding"),
+        (f"{PPO} --model headless", "headless has no language-model head"),
+        (f"{PPO} --model reward", "reward has no language-model head"),
+        (f"{PPO} --model ./none", "./none: no such folder"),
+        (f"{PPO} --model nothing", "cannot load a model from 'nothing'"),
+        (f"{PPO} --model nobody/nothing", "cannot load a model from 'nobody/nothing': We couldn't connect"),
+        (f"{PPO} --model pickled", "cannot load a model from 'pickled': .*model.safetensors"),
+        (f"{PPO} --model corrupt", "cannot load a model from 'corrupt'"),
+        (f"{PPO} --model no_tokenizer", "no_tokenizer: no tokenizer is saved there"),
+        (f"{PPO} --model corrupt_tokenizer", "cannot load a tokenizer from 'corrupt_tokenizer'"),
+        (f"{PPO} --model longer", "longer: its tokenizer has 10 tokens, its model embeds 8; .*resize_token_emb"),
+        ("ppo --model lm --prompts prompts.txt --reward-model lm", "lm is no reward model: its checkpoint lacks score"),
+        ("ppo --model lm --prompts prompts.txt --reward-model short_reward", "prompts.txt, line 2: .* reward model's"),
+        # a score of one's own
+        (f"{PPO} --reward-model reward", "give --score or --reward-model, not both"),
+        (f"{PPO} --score none:good", r"--score must be module:function, .* 'none:good' \(ModuleNotFoundError"),
+        (f"{PPO} --score own_scores:none", "--score must be module:function, .* has no attribute 'none'"),
+        (f"{PPO} --score own_scores", "--score must be module:function"),
+        (f"{PPO} --score broken_scores:good", r"--score must be module:function, .*\(SyntaxError"),
+        (f"{PPO} --score own_scores:CONSTANT", "--score own_scores:CONSTANT must be a function; got int"),
+        (f"{PPO} --score own_scores:raises", r"raised KeyError: .*no such key.*own_scores.py, line 8\)"),
+        (f"{PPO} --score own_scores:shape", r"must return one number per response, \(8,\); got \(8, 1\)"),
+        (f"{PPO} --score own_scores:nothing", "must return numbers, one per response; got None"),
+        (f"{PPO} --score own_scores:words", "must return numbers, one per response; got \\["),
+        (f"{PPO} --score own_scores:infinite", "must return finite numbers"),
+        # settings
+        (f"{PPO} --device foo", "device must be one of auto, cpu, cuda, mps; got 'foo'"),
+        (f"{PPO} --lr-schedule foo", "lr_schedule must be one of linear, constant; got 'foo'"),
+        (f"{PPO} --batch-size 0", "batch_size must be a whole number >= 1; got 0"),
+        (f"{PPO} --kl-coef nan", "kl_coef must be a number >= 0; got nan"),
+        (f"{RUN} --layers 0", "layers must be a number > 0; got 0"),
+        (f"{RUN} --lm-epochs nan", "lm_epochs must be a number > 0; got nan"),
+        (f"{RUN} --width 30 --heads 4", "width must be a multiple of heads = 4; got 30"),
+        # folders
+        (f"{PPO} --out .", "--out must be a new or an empty folder; . already holds"),
+        (f"{PPO} --out prompts.txt", "prompts.txt: File exists"),
+        ("summary nothing", r"nothing: holds no run of PPO \(No such file or directory\)"),
+        # samples
+        ("sample --model lm --policy longer --score own_scores:good", "longer: its tokenizer has 10"),
+        ("sample --model lm --policy lm --score own_scores:good --count 0", "count must be a whole number >= 1; got 0"),
+        ("sample --model lm --policy lm --score own_scores:shape --prompt film --max-new-tokens 4", "must return one"),
+        ("sample --model lm --policy lm --score own_scores:good --prompt film --max-new-tokens 40", "prompt 1: .* 2 "),
+    ],
+)  # fmt: skip
+def test_bad_input_is_said_in_a_line(arguments, message, run, tmp_path):
+    name, *options = shlex.split(arguments)
+    if name not in ("sample", "summary"):
+        options = [*FAST, *(SMALL if name == "run" else []), "--out", tmp_path / "out", *options]
+    code, _, error = run(name, *options)
+    *_, last = error.strip().splitlines()
+    assert code == 2 and re.search(f"^error: .*{message}", last) and "Traceback" not in error
+    if (tmp_path / "out").exists():
+        assert [path.name for path in (tmp_path / "out").iterdir()] in ([], ["config.json"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run --batch-size many", "argument --batch-size: invalid int value: 'many'"),
+        ("run --critic foo", r"argument --critic: invalid choice: 'foo' \(choose from .*shared.*separate"),
+        ("run --preset large", r"argument --preset: invalid choice: 'large' \(choose from .*tiny.*small"),
+        ("run --batch 8", "unrecognized arguments: --batch 8"),
+        ("jump", "invalid choice: 'jump'"),
+        ("", "the following arguments are required: COMMAND"),
+    ],
+)
+def test_unknown_options_are_said_in_a_line_that_points_to_the_help(arguments, message, run):
+    code, output, error = run(*arguments.split())
+    first, second = error.splitlines()
+    assert code == 2 and output == "" and re.search(f"^error: .*{message}", first)
+    assert re.search("^see python -m rlhf_lessons (run )?--help$", second)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there(run, tmp_path):
+    code, _, error = run(*PPO.split(), *FAST, "--device", "cuda", "--out", tmp_path / "out")
+    assert code == 2 and error.endswith("error: device 'cuda' is not available on this machine\n")
+
+
+def test_the_shipped_reward_model_does_not_score_other_vocabularies(run, world, monkeypatch, make_tokenizer, tmp_path):
+    """`ppo --model` alone would maximise a reward model that reads nothing but unknown words."""
+    from rlhf_lessons import sources, stages
+
+    shipped = tmp_path / "assets" / "reward_model"
+    shipped.parent.mkdir()
+    os.symlink(world / "reward", shipped)
+    for module in (sources, stages):
+        monkeypatch.setattr(module, "ASSETS", tmp_path / "assets")
+    ours = "ppo --model lm --prompts prompts.txt".split()
+    assert run(*ours, *FAST, "--out", tmp_path / "same")[0] == 0
+    monkeypatch.setattr(sources, "load_reward_model", lambda path: torch.nn.Identity())
+    pair = (None, make_tokenizer(unk_token="<eos>", additional_special_tokens=["<other>"]))
+    monkeypatch.setattr(sources, "load_with_tokenizer", lambda load, path: pair)
+    code, _, error = run(*ours, *FAST, "--out", tmp_path / "other")
+    assert code == 2 and "error: give --reward-model or --score" in error
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_its_metrics(run, tmp_path):
+    code, _, error = run(
+        *PPO.split(), *FAST, "--learning-rate", "1e18", "--num-iterations", 9, "--out", tmp_path / "out"
+    )
+    last = error.strip().splitlines()[-1]
+    done = int(re.search(r"^error: (loss|grad_norm) is (nan|inf) in iteration (\d+)", last)[3]) - 1
+    assert code == 2 and 1 <= done < 9
+    assert [row["iteration"] for row in read_metrics(tmp_path / "out")] == list(range(1, done + 1))
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of ..."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to ..."
+        ),
+        MemoryError(),
+    ],
+)
+def test_a_machine_without_enough_memory(error, run, monkeypatch):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(commands, "run_stage", fail)
+    assert run("run") == (2, "", "\nerror: out of memory: try a smaller --minibatch-size, or more "
+                                 "--gradient-accumulation-steps\n")  # fmt: skip
+
+
+def test_a_mistake_of_the_program_itself_is_not_hidden(run, monkeypatch):
+    def fail(arguments):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(commands, "run_stage", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("run")
+
+
+# --- Full disks and Ctrl-C --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "failing", "kept"),
+    [
+        (300, "config.json", []),
+        (4000, "metrics.jsonl", ["config.json", "metrics.jsonl"]),
+        (50_000, "policy", ["config.json", "metrics.jsonl"]),
+    ],
+)
+def test_a_full_disk(size, failing, kept, run, tmp_path):
+    """No file can grow beyond a size, as the system itself has it: what is on the disk afterwards is whole."""
+    out = tmp_path / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        code, _, error = run(*PPO.split(), *FAST, "--num-iterations", 15, "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    last = error.strip().splitlines()[-1]
+    assert code == 2 and re.search(f"^error: .*{failing}: .*File too large", last) and "Traceback" not in error
+    assert sorted(path.name for path in out.iterdir()) == kept
+    if "metrics.jsonl" in kept:
+        json.loads((out / "config.json").read_text())
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1)) and rows
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-m", "rlhf_lessons", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.02)
+
+
+def test_ctrl_c_in_mid_run(run, world, tmp_path):
+    out = tmp_path / "out"
+    metrics = out / "metrics.jsonl"
+    process = start(*PPO.split(), *FAST, "--num-iterations", 100_000, "--out", out, cwd=world)
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.endswith("\nstopped; what was written so far is complete and can be read\n")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1)) and metrics.read_text().endswith("\n")
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "metrics.jsonl"]
+    assert json.loads((out / "config.json").read_text())["ppo"]["num_iterations"] == 100_000
+    code, table, _ = run("summary", out)
+    assert code == 0 and f"| out | 0.05 | 0 | stopped after {len(rows)} of 100000 iterations |" in table
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what a process has loaded from /proc")
+def test_ctrl_c_while_it_starts():
+    process = start("run")
+    wait_for(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error and "stopped" in error
+
+
+def test_ctrl_c_inside_generated_code(tmp_path):
+    """Libraries make classes from text while they are imported; Python remembers an interruption there to the end."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\nfrom rlhf_lessons import __main__ as commands\n"
+        "commands.build_parser = lambda: exec('raise KeyboardInterrupt')\nsys.exit(commands.main([]))\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.startswith("\nstopped;")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_printing_to_a_full_disk(world, run):
+    run(*PPO.split(), *FAST, "--out", "finished")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "rlhf_lessons", "summary", "finished"]
+        done = subprocess.run(command, cwd=world, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr == "\nerror: No space left on device\n"
+
+
+# --- Help -------------------------------------------------------------------------------------------------------------
+
+NAMES = ["run", "pretrain", "reward", "ppo", "sample", "bench", "summary"]
+
+
+def test_the_help_says_what_this_is_and_how_to_begin(run):
+    code, text, _ = run("--help")
+    assert code == 0 and all(re.search(f"^    {name} +\\w", text, re.M) for name in NAMES)
+    assert "reward model" in text and "python -m rlhf_lessons run  " in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_s_help_explains_each_option_and_gives_examples(name, run):
+    code, text, _ = run(name, "--help")
+    options = re.findall(r"^  (--[\w-]+)", text, re.M)
+    assert code == 0 and "examples:" in text and len(text.splitlines()[0]) < 80
+    joined = " ".join(text.split())
+    explained = re.split(r"(?<!,) (?=--[a-z])", joined.split("options:", 1)[1].split("examples:")[0])
+    for option in set(options) - {"--help"}:
+        assert any(part.startswith(option) and len(part.split()) > 3 for part in explained), option
+    if name in ("run", "ppo"):
+        assert "--learning-rate X of AdamW at the start (default: 0.001; small: 2e-05)" in joined
+        assert "--whiten-advantages, --no-whiten-advantages" in joined and "variance 1 (default: on)" in joined
+        assert "KL per response, in nats, that β is steered to (default: off)" in joined
+        assert "--critic {shared,separate}" in joined and "--preset {tiny,small}" in joined
+        assert "pieces in which a minibatch is computed, to save memory (default: 1)" in joined
+        assert "metrics.jsonl" in joined and "figures" in joined
+
+
+def test_the_examples_are_commands():
+    parser = commands.build_parser()
+    lines = [line for text in commands.EXAMPLES.values() for line in text.splitlines()]
+    examples = [re.split(r"\s{3,}", line.strip())[0] for line in lines if "python -m" in line]
+    assert len(examples) >= 10
+    for example in examples:
+        words = [word for word in shlex.split(example) if not word.startswith("OMP_NUM_THREADS=")]
+        assert words[:3] == ["python", "-m", "rlhf_lessons"]
+        if "--help" not in words:
+            parser.parse_args(words[3:])
+
+
+def test_help_loads_no_library_for_models():
+    code = (
+        "import sys\nfrom rlhf_lessons.__main__ import main\n"
+        "try: main(['run', '--help'])\nexcept SystemExit as exit: assert exit.code == 0\n"
+        "heavy = {'transformers', 'accelerate', 'tokenizers', 'matplotlib'} & set(sys.modules)\n"
+        "print(sorted(heavy), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "[]\n"
+
+
+def processor_seconds(*arguments):
+    """Processor time of a Python process: what else the machine does meanwhile counts little."""
+    before = os.times()
+    subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+@pytest.mark.timing
+def test_help_takes_little_longer_than_importing_torch():
+    processor_seconds("-c", "import torch")  # from the disk, once
+    pairs = [
+        (processor_seconds("-m", "rlhf_lessons", "--help"), processor_seconds("-c", "import torch")) for _ in range(5)
+    ]
+    ours, torch_alone = (statistics.median(times) for times in zip(*pairs, strict=True))
+    assert ours < 1.2 * torch_alone
+
+
+# --- Whole runs -------------------------------------------------------------------------------------------------------
+
+
+def check_finished(out, iterations=2):
+    """A run's folder, complete, its policy a plain checkpoint that transformers alone can load."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert not unfinished(out)
+    assert [row["iteration"] for row in read_metrics(out)] == list(range(1, iterations + 1))
+    wanted = {"score", "kl", "entropy", "clip_fraction", "explained_variance"}
+    assert all(wanted <= set(row) for row in read_metrics(out))
+    for name in ("training.png", "tokens.png"):
+        assert (out / "figures" / name).read_bytes().startswith(b"\x89PNG")
+    assert {"before", "after"} <= set(json.loads((out / "summary.json").read_text()))
+    samples = (out / "samples.md").read_text()
+    assert samples.count("| before |") == samples.count("| after |") == 8
+    lm, report = AutoModelForCausalLM.from_pretrained(out / "policy", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    return lm, AutoTokenizer.from_pretrained(out / "policy")
+
+
+def test_stage_by_stage_on_own_data(run, world, tmp_path):
+    a, b, c = (tmp_path / name for name in "abc")
+    code, output, said = run("pretrain", "--corpus", "corpus.txt", *SMALL, "--device", "cpu", "--out", a)
+    assert code == 0 and output == f"\nwritten to {a / 'base_model'}\n"
+    assert re.search(r"language model: \d+\.\d\d M parameters, \d+ tokens, 24 texts", said)
+    own = ["--preferences", "pairs.jsonl", "--eval-preferences", "pairs.jsonl"]
+    code, output, said = run("reward", "--model", a / "base_model", *own, "--device", "cpu", "--out", b)
+    assert code == 0 and output == f"\nwritten to {b / 'reward_model'}\n"
+    accuracy = json.loads((b / "reward_model.json").read_text())
+    assert accuracy["held_out_pairs"] == 16 and f"right on {accuracy['accuracy']:.1%} of 16 held-out pairs" in said
+    models = ["--model", a / "base_model", "--reward-model", b / "reward_model"]
+    code, output, said = run("ppo", *models, "--prompts", "prompts.txt", *FAST, "--out", c)
+    assert code == 0 and "prompts: 3, from prompts.txt; the first is 'film'" in said
+    assert f"PPO maximises the scores of {b / 'reward_model'}" in said
+    assert "proxy reward: " in output and "gold" not in output and f"written to {c}" in output
+    lm, tokenizer = check_finished(c)
+    ids = lm.generate(**tokenizer("film", return_tensors="pt"), max_new_tokens=4, pad_token_id=tokenizer.pad_token_id)
+    assert ids.shape[1] > 1
+    assert all(json.loads((folder / "config.json").read_text())["made_by"]["torch"] for folder in (a, b, c))
+    code, table, _ = run("summary", c)
+    assert code == 0 and table.splitlines()[2].startswith("| c | 0.05 | 0 | ")
+    code, shown, _ = run(
+        "sample", *models, "--policy", c / "policy", "--prompt", "film", "--count", 2, "--max-new-tokens", 4
+    )
+    assert code == 0 and shown.count("**film** …") == 2 and shown.count("| after |") == 2 and "gold" not in shown
+
+
+def test_the_whole_pipeline_on_own_data(run, tmp_path):
+    own = ["--corpus", "corpus.txt", "--preferences", "pairs.jsonl"]
+    code, output, said = run("run", *own, *SMALL, *FAST, "--critic", "separate", "--out", tmp_path / "out")
+    assert code == 0 and "prompts: 24, the first 3 words of lines in corpus.txt" in said
+    assert "reward model: not measured" in said
+    check_finished(tmp_path / "out")
+    assert (tmp_path / "out" / "policy" / "critic").is_dir()
+    for name in ("base_model", "reward_model"):
+        assert (tmp_path / "out" / name / "model.safetensors").exists()
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert settings["sources"]["corpus"] == "corpus.txt" and settings["critic"] == "separate"
+    assert settings["stages"]["width"] == 16 and settings["ppo"]["batch_size"] == 8
+
+
+def test_another_architecture_with_a_tokenizer_of_its_own(run, world, make_lm, tmp_path):
+    """A Llama with byte-level BPE, its reward model a GPT-2 with a vocabulary of words."""
+    from rlhf_lessons.data import read_corpus, train_tokenizer
+
+    tokenizer = train_tokenizer(read_corpus(world / "corpus.txt"), vocab_size=300)
+    names = dict(vocab_size=len(tokenizer), initializer_range=0.02)
+    ids = dict(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    for part in (make_lm("llama", **names, **ids), tokenizer):
+        part.save_pretrained(tmp_path / "llama")
+    options = ["--model", tmp_path / "llama", "--prompts", "prompts.txt", "--reward-model", "reward", *FAST]
+    assert run("ppo", *options, "--out", tmp_path / "out")[0] == 0
+    lm, _ = check_finished(tmp_path / "out")
+    assert type(lm).__name__ == "LlamaForCausalLM"
+
+
+def test_the_settings_are_the_preset_s_with_what_is_given_in_their_place():
+    from rlhf_lessons.stages import PRESETS
+
+    parser = commands.build_parser()
+    assert commands.settings_from(parser.parse_args(["run"])) == PRESETS["tiny"]
+    given = "run --preset small --width 96 --kl-coef 0 --no-whiten-advantages".split()
+    stages, ppo = commands.settings_from(parser.parse_args(given))
+    assert (stages.width, stages.layers, stages.lm_epochs) == (96, 12, 6.0)
+    assert (ppo.kl_coef, ppo.whiten_advantages, ppo.batch_size, ppo.precision) == (0.0, False, 512, "bf16")

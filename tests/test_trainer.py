@@ -1,0 +1,861 @@
+"""PPO's one step: what it learns from, by how much it moves, when it stops, and who must not move at all."""
+
+import copy
+import hashlib
+import math
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rlhf_lessons import fitting
+from rlhf_lessons.data import encode_prompt, encode_response
+from rlhf_lessons.models import RewardModel
+from rlhf_lessons.trainer import SEED_STRIDE, PPOConfig, fit_language_model, fit_reward_model
+
+PAD, BOS, EOS = 0, 1, 2
+LENGTHS = [1, 6, 3, 5, 2, 6, 4, 1, 6, 2, 5, 3]
+
+
+def parameter_hash(model):
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+
+
+def copies(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def watch_steps(trainer):
+    """What each optimiser step found: its gradients, parameters before it, and the learning rate."""
+    seen = []
+    original = trainer.optimizer.step
+
+    def step():
+        seen.append(
+            dict(
+                gradients=[
+                    torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trainer.policy.parameters()
+                ],
+                parameters=copies(trainer.policy),
+                lr=trainer.optimizer.param_groups[0]["lr"],
+            )
+        )
+        original()
+
+    trainer.optimizer.step = step
+    return seen
+
+
+def gradients_of(trainer, batch):
+    """∇ of the loss of these rows, with the parameters as they are."""
+    loss, _ = trainer.losses(batch)
+    parameters = list(trainer.policy.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def assert_all_close(left, right, **tolerance):
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def norm(tensors):
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+# --- The loss -------------------------------------------------------------------------------------
+
+
+def slow_losses(trainer, batch, config):
+    """Every part of the loss in Python's floats, a token at a time, from the unpadded texts."""
+    total = dict(policy_loss=0.0, value_loss=0.0, entropy=0.0, approx_kl=0.0, clip_fraction=0.0, ratio_error=0.0)
+    count = int(batch.response_mask.sum())
+    for row, length in enumerate(batch.response_mask.sum(1).tolist()):
+        ids = batch.tokens[row][batch.attention_mask[row]][None]
+        with torch.no_grad():
+            logits, values = trainer.policy(ids, torch.ones_like(ids))
+        for t in range(length):
+            place = ids.shape[1] - length + t
+            logp = F.log_softmax(logits[0, place - 1].double() / config.temperature, dim=-1)
+            old, advantage = batch.log_probs[row, t].item(), batch.advantages[row, t].item()
+            ratio = math.exp(logp[ids[0, place]].item() - old)
+            clipped = min(max(ratio, 1 - config.clip_eps), 1 + config.clip_eps)
+            v, old_v, target = values[0, place - 1].item(), batch.values[row, t].item(), batch.returns[row, t].item()
+            near = old_v + min(max(v - old_v, -config.value_clip_eps), config.value_clip_eps)
+            total["policy_loss"] -= min(ratio * advantage, clipped * advantage)
+            total["value_loss"] += 0.5 * max((v - target) ** 2, (near - target) ** 2)
+            total["entropy"] -= sum(p * math.log(p) for p in logp.exp().tolist())
+            total["approx_kl"] += ratio - 1 - math.log(ratio)
+            total["clip_fraction"] += clipped * advantage < ratio * advantage
+            total["ratio_error"] += abs(ratio - 1)
+    return {name: value / count for name, value in total.items()}
+
+
+@pytest.mark.detail(18)
+@pytest.mark.detail(19)
+@pytest.mark.detail(31)
+@pytest.mark.detail(33)
+@pytest.mark.parametrize(("ent_coef", "temperature"), [(0.0, 1.0), (0.03, 0.7)])
+def test_loss_and_its_parts_equal_a_token_by_token_count(ent_coef, temperature, make_trainer, make_policy, make_batch):
+    """Means over real tokens of rows of different lengths, ratios and values both inside and outside the clip."""
+    settings = dict(vf_coef=0.3, ent_coef=ent_coef, temperature=temperature, clip_eps=0.15, value_clip_eps=0.4)
+    trainer, batch = make_trainer(make_policy(head=0.3), **settings), make_batch(LENGTHS)
+    loss, parts = trainer.losses(batch)
+    expected = slow_losses(trainer, batch, trainer.config)
+    assert 0.05 < expected["clip_fraction"] < 0.95
+    for name, value in expected.items():
+        assert parts[name].item() == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    whole = expected["policy_loss"] + 0.3 * expected["value_loss"] - ent_coef * expected["entropy"]
+    assert loss.item() == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_gradient_of_the_loss_is_that_of_finite_differences(critic, make_trainer, make_policy, make_lm, make_batch):
+    """In float64, along each parameter's own gradient: nothing that should learn is detached, the critic included."""
+    policy = make_policy(critic=critic, head=0.3).double()
+    trainer = make_trainer(policy, make_lm(seed=1).double(), ent_coef=0.05, vf_coef=0.7)
+    batch = make_batch(LENGTHS)
+    batch = replace(
+        batch, **{name: getattr(batch, name).double() for name in ("log_probs", "advantages", "values", "returns")}
+    )
+    silent = []
+    for (name, p), gradient in zip(policy.named_parameters(), gradients_of(trainer, batch), strict=True):
+        if gradient.norm() < 1e-12:
+            silent.append(name)
+            continue
+        direction = gradient / gradient.norm()
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p.add_(direction, alpha=sign * 1e-6)
+                losses.append(trainer.losses(batch)[0].item())
+                p.sub_(direction, alpha=sign * 1e-6)
+        assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(gradient.norm().item(), rel=1e-4, abs=1e-7), name
+    assert not silent
+
+
+@pytest.mark.detail(12)
+def test_loss_and_gradient_do_not_depend_on_padding(make_trainer, make_batch):
+    """Two more columns on either side, full of noise where the mask is False."""
+    trainer, batch = make_trainer(), make_batch(LENGTHS)
+    wider = {}
+    for name in ("log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns"):
+        wider[name] = F.pad(getattr(batch, name).masked_fill(~batch.response_mask, 3.0), (0, 2), value=-5.0)
+    padded = replace(
+        batch,
+        tokens=F.pad(batch.tokens.masked_fill(~batch.attention_mask, 5), (2, 2), value=6),
+        attention_mask=F.pad(batch.attention_mask, (2, 2)),
+        response_mask=F.pad(batch.response_mask, (0, 2)),
+        prompt_length=batch.prompt_length + 2,
+        **wider,
+    )
+    (loss, parts), (padded_loss, padded_parts) = trainer.losses(batch), trainer.losses(padded)
+    assert padded_loss.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert {k: v.item() for k, v in padded_parts.items()} == pytest.approx(
+        {k: v.item() for k, v in parts.items()}, abs=1e-5
+    )
+    assert_all_close(gradients_of(trainer, padded), gradients_of(trainer, batch), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.detail(13)
+def test_loss_and_gradient_do_not_depend_on_the_rows_order(make_trainer, make_batch):
+    trainer, batch = make_trainer(), make_batch(LENGTHS)
+    shuffled = batch.rows(torch.randperm(len(batch), generator=torch.Generator().manual_seed(3)))
+    assert trainer.losses(shuffled)[0].item() == pytest.approx(trainer.losses(batch)[0].item(), abs=1e-5)
+    assert_all_close(gradients_of(trainer, shuffled), gradients_of(trainer, batch), atol=1e-5, rtol=1e-4)
+
+
+# --- The update -----------------------------------------------------------------------------------
+
+
+@pytest.mark.detail(7)
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_first_minibatch_has_ratio_one_in_every_iteration(architecture, critic, make_trainer, make_policy, make_lm):
+    """Old log-probabilities are recorded anew for each batch, at the temperature that the loss uses."""
+    trainer = make_trainer(
+        make_policy(architecture, critic=critic, dropout=0.1), make_lm(architecture, seed=1), temperature=0.8
+    )
+    for _ in range(3):
+        metrics = trainer.step()
+        assert metrics["first_ratio_error"] < 1e-5
+        assert metrics["approx_kl"] > 1e-5, "later minibatches meet a policy that has moved"
+
+
+@pytest.mark.detail(13)
+@pytest.mark.detail(35)
+@pytest.mark.parametrize("pieces", [2, 3, 12])
+def test_accumulated_gradient_equals_that_of_one_big_minibatch(pieces, make_trainer, make_batch):
+    """Rows of 1 to 6 tokens: pieces weigh by their tokens, not each the same."""
+    batch, found = make_batch(LENGTHS), {}
+    for number in (1, pieces):
+        trainer = make_trainer(
+            batch_size=12, minibatch_size=12, gradient_accumulation_steps=number, ppo_epochs=1, max_grad_norm=1e6
+        )
+        expected = gradients_of(trainer, batch)
+        steps = watch_steps(trainer)
+        reports = trainer.update(batch)
+        assert len(steps) == len(reports) == 1
+        assert_all_close(steps[0]["gradients"], expected, atol=1e-6, rtol=1e-4)
+        found[number] = {name: value.item() for name, value in reports[0].items()}
+    assert found[pieces] == pytest.approx(found[1], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.detail(35)
+def test_gradients_start_from_zero_in_each_minibatch_and_epochs_shuffle_afresh(make_trainer, make_batch):
+    batch, visited = make_batch(LENGTHS), []
+    trainer = make_trainer(batch_size=12, minibatch_size=4, ppo_epochs=3, max_grad_norm=1e6)
+    original = trainer.losses
+
+    def losses(minibatch):
+        visited.append(minibatch)
+        return original(minibatch)
+
+    trainer.losses = losses
+    steps = watch_steps(trainer)
+    trainer.update(batch)
+    trainer.losses = original
+    assert len(steps) == len(visited) == 9
+    for step, minibatch in list(zip(steps, visited, strict=True)):
+        with torch.no_grad():
+            for p, value in zip(trainer.policy.parameters(), step["parameters"], strict=True):
+                p.copy_(value)
+        assert_all_close(step["gradients"], gradients_of(trainer, minibatch), atol=1e-6, rtol=1e-4)
+    order = [batch.scores.tolist().index(score) for piece in visited for score in piece.scores.tolist()]
+    epochs = [order[i : i + 12] for i in (0, 12, 24)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+@pytest.mark.detail(26)
+def test_one_step_of_adam_is_the_formula_with_epsilon_1e_5(make_trainer, make_batch):
+    """First step: m̂ = g, v̂ = g², so θ moves by −lr·g/(|g| + 10⁻⁵); no weight decay."""
+    trainer = make_trainer(batch_size=12, minibatch_size=12, ppo_epochs=1, max_grad_norm=0.01)
+    steps = watch_steps(trainer)
+    trainer.update(make_batch(LENGTHS))
+    gradients = steps[0]["gradients"]
+    assert any((g.abs() < 1e-5).any() and (g != 0).any() for g in gradients), "gradients small enough for ε to count"
+    for before, g, p in zip(steps[0]["parameters"], gradients, trainer.policy.parameters(), strict=True):
+        expected = before.double() - 1e-3 * g.double() / (g.double().abs() + 1e-5)
+        torch.testing.assert_close(p.detach().double(), expected, atol=2e-7, rtol=2e-7)
+
+
+@pytest.mark.detail(27)
+@pytest.mark.parametrize(("schedule", "expected"), [("linear", [1e-3, 7.5e-4, 5e-4, 2.5e-4]), ("constant", [1e-3] * 4)])
+def test_learning_rate_falls_linearly_to_0_or_stays(schedule, expected, make_trainer):
+    """lr·(1 − i/N) in iteration i of N, the same for all its minibatches, and what the metrics say."""
+    trainer = make_trainer(lr_schedule=schedule, num_iterations=4)
+    steps = watch_steps(trainer)
+    history = trainer.train()
+    assert [metrics["learning_rate"] for metrics in history] == pytest.approx(expected)
+    assert [step["lr"] for step in steps] == pytest.approx([lr for lr in expected for _ in range(4)])
+
+
+@pytest.mark.detail(29)
+@pytest.mark.parametrize("limit", [0.05, 1e6])
+def test_gradients_are_scaled_down_to_the_norm_that_is_allowed(limit, make_trainer, make_batch):
+    trainer = make_trainer(batch_size=12, minibatch_size=12, ppo_epochs=1, max_grad_norm=limit)
+    batch = make_batch(LENGTHS)
+    raw = gradients_of(trainer, batch)
+    steps = watch_steps(trainer)
+    report = trainer.update(batch)[0]
+    assert report["grad_norm"].item() == pytest.approx(norm(raw), rel=1e-4)
+    scale = min(1.0, limit / norm(raw))
+    assert norm(steps[0]["gradients"]) == pytest.approx(scale * norm(raw), rel=1e-4)
+    assert_all_close(steps[0]["gradients"], [scale * g for g in raw], atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.detail(30)
+def test_target_kl_leaves_the_epochs_before_the_step_that_would_go_on(make_trainer):
+    """The first minibatch whose KL passes 1.5 targets makes no step; parameters are as after the one before."""
+    settings = dict(learning_rate=5e-3, ppo_epochs=4)
+    free = make_trainer(**settings)
+    batch = free.rollout()
+    steps = watch_steps(free)
+    measured = [report["approx_kl"].item() for report in free.update(batch)]
+    rising = [i for i in range(2, 8) if measured[i] > 1.6 * max(measured[:i])]
+    stop = rising[-1]
+    target = 1.05 * max(measured[:stop]) / 1.5  # the KL before is past the target itself, and not past 1.5 of it
+    stopped = make_trainer(**settings, target_kl=target)
+    reports = stopped.update(stopped.rollout())
+    assert [report["approx_kl"].item() for report in reports] == pytest.approx(measured[: stop + 1], rel=1e-3, abs=1e-6)
+    assert ["grad_norm" in report for report in reports] == [True] * stop + [False]
+    assert_all_close(copies(stopped.policy), steps[stop]["parameters"], atol=1e-6, rtol=1e-5)
+    assert all(p.grad is None or not p.grad.any() for p in stopped.policy.parameters())
+    again = make_trainer(**settings, target_kl=target).step()
+    assert again["optimizer_steps"] == stop
+
+
+@pytest.mark.detail(28)
+def test_adaptive_beta_follows_the_formula_and_is_used(make_trainer):
+    """β grows by at most 20 % · n/horizon, by the KL that was measured; the rewards are shaped with today's β."""
+    trainer = make_trainer(
+        num_iterations=6,
+        adaptive_kl_target=10.0,
+        adaptive_kl_horizon=100,
+        kl_coef=0.2,
+        learning_rate=1e-2,
+        missing_eos_penalty=0.0,
+    )
+    beta = 0.2
+    for _ in range(6):
+        metrics = trainer.step()
+        assert metrics["kl_coef"] == pytest.approx(beta, rel=1e-5)
+        assert metrics["reward"] == pytest.approx(metrics["score"] - beta * metrics["kl"], rel=1e-3, abs=1e-4)
+        beta *= 1 + min(max(metrics["kl"] / 10.0 - 1, -0.2), 0.2) * 16 / 100
+    assert trainer.kl_controller.coef == pytest.approx(beta, rel=1e-5)
+    assert abs(beta / 0.2 - 1) > 0.01
+
+
+def test_fixed_beta_stays(make_trainer):
+    history = make_trainer(kl_coef=0.3).train()
+    assert [metrics["kl_coef"] for metrics in history] == [0.3] * 4
+
+
+# --- Who moves ------------------------------------------------------------------------------------
+
+
+@pytest.mark.detail(36)
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_reference_and_reward_model_are_frozen_and_the_policy_moves(
+    critic, make_trainer, make_policy, make_lm, make_reward_model
+):
+    policy, reference, scorer = make_policy(critic=critic, head=0.1), make_lm(seed=1), make_reward_model()
+    trainer = make_trainer(policy, reference, scorer, ent_coef=0.01)
+    before, moving = (parameter_hash(reference), parameter_hash(scorer)), copies(policy)
+    trainer.train()
+    assert (parameter_hash(reference), parameter_hash(scorer)) == before
+    assert not any(p.requires_grad for model in (reference, scorer) for p in model.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(moving, policy.parameters(), strict=True))
+    owned = {p.data_ptr() for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert owned == {p.data_ptr() for p in policy.parameters()}
+
+
+@pytest.mark.detail(36)
+def test_reference_that_shares_parameters_with_the_policy_is_refused(make_trainer, make_policy, make_lm):
+    policy = make_policy()
+    for shared in (policy, policy.lm):
+        with pytest.raises(ValueError, match="reference must be a model of its own"):
+            make_trainer(policy, shared)
+    partly = make_lm(seed=1)
+    partly.transformer.wte = policy.lm.transformer.wte
+    with pytest.raises(ValueError, match="reference must be a model of its own"):
+        make_trainer(policy, partly)
+    make_trainer(policy, copy.deepcopy(policy))
+
+
+@pytest.mark.detail(6)
+def test_trainer_switches_dropout_off(make_trainer, make_policy, make_lm):
+    """In a policy made with dropout 0.1: train mode, and yet two forwards are identical."""
+    trainer = make_trainer(make_policy(critic="separate", head=1.0, dropout=0.1), make_lm(seed=1, dropout=0.1))
+    ids = torch.randint(3, 8, (30, 8))
+    assert trainer.model.training
+    first, second = (trainer.model(ids, torch.ones_like(ids)) for _ in range(2))
+    assert torch.equal(first.logits, second.logits) and torch.equal(first.values, second.values)
+
+
+@pytest.mark.parametrize(("beta", "seeds"), [(0.0, (0, 1, 2)), (5.0, (0,))])
+def test_score_rises_and_beta_holds_the_policy_near_the_reference(beta, seeds, make_trainer, make_policy, make_lm):
+    """Paid for the word "good", each of three runs says it more often by two; at a high price of KL none is taken."""
+    settings = dict(num_iterations=12, kl_coef=beta, learning_rate=5e-3, missing_eos_penalty=0.0, batch_size=32)
+    for seed in seeds:
+        policy, reference = make_policy(initializer_range=0.1), make_lm(initializer_range=0.1)
+        history = make_trainer(policy, reference, seed=seed, **settings).train()
+        if beta == 0:
+            assert history[-1]["score"] > history[0]["score"] + 2.0 and history[-1]["kl"] > 2.0
+        else:
+            assert abs(history[-1]["kl"]) < 0.75
+
+
+# --- Metrics, seeds, several trainers -------------------------------------------------------------
+
+
+@pytest.mark.detail(32)
+def test_metrics_are_plain_floats_that_describe_the_batch(make_trainer):
+    trainer = make_trainer(missing_eos_penalty=0.25)
+    metrics = trainer.step()
+    batch = trainer.batch
+    assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in metrics.values())
+    real = batch.response_mask
+    kl = (batch.log_probs - batch.ref_log_probs)[real].sum() / len(batch)
+    assert metrics["kl"] == pytest.approx(kl.item(), rel=1e-5)
+    assert metrics["score"] == pytest.approx(batch.scores.mean().item(), rel=1e-5)
+    words = [response.split().count("good") for response in trainer.texts(batch)[1]]
+    penalties = 0.25 * (~batch.ended).float().mean().item()
+    assert metrics["score"] == pytest.approx(sum(words) / len(words) - penalties, rel=1e-5)
+    assert metrics["response_length"] == pytest.approx(real.sum().item() / len(batch))
+    assert metrics["ended"] == pytest.approx(batch.ended.float().mean().item())
+    assert metrics["reward"] == pytest.approx(metrics["score"] - 0.05 * metrics["kl"], rel=1e-4)
+    returns, values = batch.returns[real].double(), batch.values[real].double()
+    unexplained = (returns - values).var(correction=0) / returns.var(correction=0)
+    assert metrics["explained_variance"] == pytest.approx(1 - unexplained.item(), rel=1e-4)
+    assert metrics["optimizer_steps"] == 4
+    assert metrics["seconds_rollout"] > 0 and metrics["seconds_update"] > 0
+
+
+def test_on_step_sees_every_step_and_may_add_to_its_metrics(make_trainer):
+    trainer, seen = make_trainer(num_iterations=3), []
+
+    def on_step(step, metrics, batch):
+        seen.append((step, len(batch)))
+        metrics["gold"] = 2.0 * step
+
+    history = trainer.train(on_step)
+    assert seen == [(1, 16), (2, 16), (3, 16)]
+    assert [metrics["gold"] for metrics in history] == [2.0, 4.0, 6.0]
+    assert trainer.train() == [], "the run is over"
+
+
+def without_times(metrics):
+    return {name: value for name, value in metrics.items() if not name.startswith("seconds")}
+
+
+def test_the_seed_decides_everything(make_trainer):
+    """Two runs of one seed agree to the last bit, whatever the global generator; another seed differs."""
+    histories = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(histories))
+        histories.append([without_times(metrics) for metrics in make_trainer(seed=seed).train()])
+    assert histories[0] == histories[1] != histories[2]
+
+
+def test_several_trainers_in_one_process_do_not_disturb_each_other(make_trainer):
+    """Two runs whose steps alternate give what each gives by itself."""
+    alone = [[without_times(m) for m in make_trainer(seed=seed).train()] for seed in (0, 1)]
+    first, second = make_trainer(seed=0), make_trainer(seed=1)
+    together = [(without_times(first.step()), without_times(second.step())) for _ in range(4)]
+    assert [pair[0] for pair in together] == alone[0] and [pair[1] for pair in together] == alone[1]
+
+
+def test_trainers_of_different_precision_follow_each_other(make_trainer):
+    for precision in ("no", "bf16", "no"):
+        trainer = make_trainer(precision=precision)
+        types = []
+        trainer.policy.lm.lm_head.register_forward_hook(
+            lambda module, args, output, types=types: types.append(output.dtype)
+        )
+        trainer.step()
+        assert set(types) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+
+
+@pytest.mark.detail(37)
+def test_each_process_draws_from_its_own_seed(make_trainer, monkeypatch):
+    """seed + rank·100003, for prompts, shuffles and tokens alike."""
+    from accelerate import Accelerator
+
+    batches = {}
+    for rank in (0, 1):
+        monkeypatch.setattr(Accelerator, "process_index", property(lambda self, rank=rank: rank))
+        trainer = make_trainer(seed=5)
+        assert trainer.sampling.initial_seed() == trainer.ordering.initial_seed() == 5 + 100003 * rank
+        batches[rank] = trainer.texts(trainer.rollout())
+    assert SEED_STRIDE == 100003
+    assert batches[0][0] != batches[1][0] and batches[0][1] != batches[1][1]
+
+
+# --- Precisions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.detail(7)
+def test_float64_models_train(make_trainer, make_policy, make_lm):
+    policy = make_policy(head=0.1).double()
+    metrics = make_trainer(policy, make_lm(seed=1).double(), temperature=0.7).step()
+    assert metrics["first_ratio_error"] < 1e-12 and metrics["approx_kl"] > 0
+    assert {p.dtype for p in policy.parameters()} == {torch.float64}
+
+
+def first_ratios(trainer):
+    """|ρ − 1| of the real tokens of a fresh batch."""
+    from rlhf_lessons.rollout import policy_outputs
+
+    batch = trainer.rollout()
+    with torch.no_grad():
+        logits, _ = policy_outputs(
+            trainer.model, batch.tokens, batch.attention_mask, length=batch.responses.shape[1], temperature=1.0
+        )
+    new = logits.log_softmax(-1).gather(-1, batch.responses[..., None]).squeeze(-1)
+    return ((new - batch.log_probs).exp() - 1).abs()[batch.response_mask]
+
+
+BF16_MEAN, BF16_MAX = 0.015, 0.12  # measured over 6 seeds and 4 architectures: 0.005 and 0.046
+
+
+@pytest.mark.detail(7)
+def test_ratio_is_near_one_in_bf16(architecture, make_trainer, make_policy, make_lm):
+    """bf16 keeps 8 bits of a logit, and cached and whole-text passes round differently; the rest is float32."""
+    trainer = make_trainer(
+        make_policy(architecture), make_lm(architecture, seed=1), precision="bf16", batch_size=64, max_new_tokens=16
+    )
+    error = first_ratios(trainer)
+    assert 1e-5 < error.max() < BF16_MAX and error.mean() < BF16_MEAN
+    metrics = trainer.step()
+    assert metrics["first_ratio_error"] < BF16_MEAN
+    assert trainer.batch.log_probs.dtype == trainer.batch.values.dtype == torch.float32
+    assert {p.dtype for p in trainer.policy.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_float32_reproduces_the_cpu_s_step(make_trainer, make_batch):
+    """One batch, the same parameters: parts of the loss to 1e-4, the gradient to 1e-4 of its norm.
+
+    The gradient and not the parameters after a step: Adam divides by its size, so that where a gradient is nearly 0
+    its rounding would decide the sign of a whole step.
+    """
+    batch = make_batch(LENGTHS)
+    settings = dict(batch_size=12, minibatch_size=12, ppo_epochs=1)
+    on_cpu = make_trainer(**settings, device="cpu")
+    expected = gradients_of(on_cpu, batch)
+    _, parts = on_cpu.losses(batch)
+    on_gpu = make_trainer(**settings, device="cuda")
+    moved = replace(batch, **{k: v.cuda() for k, v in vars(batch).items() if isinstance(v, torch.Tensor)})
+    _, gpu_parts = on_gpu.losses(moved)
+    assert {k: v.item() for k, v in gpu_parts.items()} == pytest.approx(
+        {k: v.item() for k, v in parts.items()}, abs=1e-4
+    )
+    found = [g.cpu() for g in gradients_of(on_gpu, moved)]
+    assert norm([a - b for a, b in zip(found, expected, strict=True)]) < 1e-4 * norm(expected)
+    assert on_gpu.step()["first_ratio_error"] < 1e-5
+    make_trainer(device="cpu").step()  # and back again in the same process
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_bf16_ratio_is_near_one(make_trainer):
+    trainer = make_trainer(precision="bf16", device="cuda", batch_size=64, max_new_tokens=16)
+    assert first_ratios(trainer).max() < BF16_MAX
+    assert trainer.step()["first_ratio_error"] < BF16_MEAN
+
+
+# --- What goes wrong ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["value_head.weight", "lm.transformer.wte.weight"])
+def test_a_loss_that_is_not_finite_raises_and_names_the_iteration(place, make_trainer, make_policy):
+    """NaN weights in the critic, or in the model whose logits are then sampled from."""
+    policy = make_policy()
+    trainer = make_trainer(policy)
+    trainer.step()
+    with torch.no_grad():
+        policy.get_parameter(place).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="is nan in iteration 2"):
+        trainer.step()
+
+
+@pytest.mark.parametrize("rate", [1e5, 1e30, 1e38])
+def test_a_learning_rate_far_too_high_ends_in_the_same_error(rate, make_trainer):
+    """Also where a single step leaves weights so large that the next iteration samples from NaN."""
+    trainer = make_trainer(learning_rate=rate, ppo_epochs=1, minibatch_size=16, num_iterations=8)
+    with pytest.raises(FloatingPointError, match="in iteration [2-8]: a lower learning_rate"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("score_fn", "message"),
+    [
+        (lambda prompts, responses: [1.0], r"one number per response, \(8,\); got \(1,\)"),
+        (lambda prompts, responses: 0.5, r"one number per response, \(8,\); got \(\)"),
+        (lambda prompts, responses: [[1.0, 2.0]] * len(responses), r"one number per response, \(8,\); got \(8, 2\)"),
+        (lambda prompts, responses: [float("nan")] * len(responses), "finite numbers; got NaN"),
+        (lambda prompts, responses: [float("inf")] * len(responses), "finite numbers; got NaN or infinity"),
+    ],
+)
+def test_scores_of_the_wrong_shape_or_not_finite_are_refused(score_fn, message, make_trainer):
+    with pytest.raises(ValueError, match=f"score_fn must return {message}"):
+        make_trainer(score_fn=score_fn).step()
+
+
+def test_scores_may_be_a_list_an_array_or_a_tensor(make_trainer):
+    import numpy as np
+
+    found = [
+        without_times(
+            make_trainer(score_fn=lambda prompts, responses, kind=kind: kind([len(r) for r in responses])).step()
+        )
+        for kind in (list, np.array, torch.tensor)
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_reward_model_scores_the_tokens_themselves(make_trainer, make_reward_model):
+    """The same scores as each whole text gives alone, EOS included."""
+    scorer = make_reward_model()
+    trainer = make_trainer(score_fn=scorer, missing_eos_penalty=0.0)
+    batch = trainer.rollout()
+    with torch.no_grad():
+        for row, score in enumerate(batch.scores):
+            ids = batch.tokens[row][batch.attention_mask[row]][None]
+            assert scorer(ids, torch.ones_like(ids)).item() == pytest.approx(score.item(), abs=1e-5)
+    assert batch.scores.std() > 0.1
+
+
+def test_prompts_must_fit_the_context_with_their_responses(make_trainer):
+    """The model's context is 32: 26 prompt tokens and 6 new ones fit, one more does not."""
+    fits = " ".join(["bad"] * 25)
+    with pytest.raises(ValueError, match="prompt 2 has 27 tokens; with max_new_tokens = 6 it does not fit .* 32"):
+        make_trainer(prompts=["film", fits + " bad"])
+    make_trainer(prompts=[fits]).step()
+
+
+def test_empty_prompts_are_the_begin_token_alone(make_trainer):
+    trainer = make_trainer(prompts=["", "film"])
+    assert trainer.prompt_ids == [[BOS], [BOS, 6]]
+    assert math.isfinite(trainer.step()["loss"])
+    assert set(trainer.texts(trainer.batch)[0]) == {"", "film"}
+
+
+def test_no_prompts_are_refused(make_trainer):
+    with pytest.raises(ValueError, match="prompts must hold at least one prompt; got none"):
+        make_trainer(prompts=[])
+
+
+@pytest.mark.detail(3)
+def test_tokenizer_whose_padding_is_its_eos_is_refused(make_trainer, make_tokenizer):
+    with pytest.raises(ValueError, match="must not use its EOS token as padding"):
+        make_trainer(tokenizer=make_tokenizer(pad_token="<eos>"))
+
+
+def test_one_new_token_trains(make_trainer):
+    metrics = make_trainer(max_new_tokens=1).step()
+    assert metrics["response_length"] == 1 and metrics["first_ratio_error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(batch_size=12), "batch_size must be a multiple of minibatch_size = 8; got 12"),
+        (dict(gradient_accumulation_steps=3), "minibatch_size must be a multiple of gradient_accumulation_steps = 3"),
+        (dict(num_iterations=0), "num_iterations must be a whole number >= 1; got 0"),
+        (dict(ppo_epochs=1.5), "ppo_epochs must be a whole number >= 1; got 1.5"),
+        (dict(temperature=0.0), "temperature must be a number > 0; got 0.0"),
+        (dict(learning_rate=float("nan")), "learning_rate must be a number > 0; got nan"),
+        (dict(gamma=1.1), "gamma must be a number between 0 and 1; got 1.1"),
+        (dict(gae_lambda=-0.1), "gae_lambda must be a number between 0 and 1; got -0.1"),
+        (dict(kl_coef=-1.0), "kl_coef must be a number >= 0; got -1.0"),
+        (dict(target_kl=0.0), "target_kl must be a number > 0, or None; got 0.0"),
+        (dict(adaptive_kl_target=6.0, kl_coef=0.0), "kl_coef must be a number > 0 when it is adaptive"),
+        (dict(lr_schedule="cosine"), "lr_schedule must be one of linear, constant; got 'cosine'"),
+        (dict(missing_eos_mode="clip"), "missing_eos_mode must be one of subtract, replace; got 'clip'"),
+        (dict(precision="fp16"), "precision must be one of no, bf16; got 'fp16'"),
+        (dict(device="tpu"), "device must be one of auto, cpu, cuda, mps; got 'tpu'"),
+    ],
+)
+def test_settings_are_checked_when_made(settings, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        PPOConfig(**(dict(batch_size=16, minibatch_size=8) | settings))
+
+
+@pytest.mark.detail(17)
+def test_whitening_needs_eight_responses():
+    with pytest.raises(ValueError, match="batch_size must be at least 8 to whiten advantages; got 4"):
+        PPOConfig(batch_size=4, minibatch_size=4)
+    PPOConfig(batch_size=4, minibatch_size=4, whiten_advantages=False)
+
+
+# --- The fits before PPO --------------------------------------------------------------------------
+
+TEXTS = ["good film .", "bad film .", "film film good ."] * 8
+PAIRS = [
+    dict(prompt="film", chosen=f"{filler} good good .", rejected=f"{filler} bad bad .")
+    for filler in ("film", "film film", ". film", "film .")
+] * 16
+
+
+def watch_learning_rates(monkeypatch):
+    rates = []
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return rates
+
+
+@pytest.mark.detail(23)
+def test_reward_model_is_fitted_for_one_epoch_with_a_learning_rate_that_ends_at_0(
+    monkeypatch, tokenizer, make_reward_model
+):
+    """One epoch by default: 64 pairs in 32 batches of 2; the last step's rate is a 32nd of the full one."""
+    rates = watch_learning_rates(monkeypatch)
+    losses = fit_reward_model(make_reward_model(), PAIRS, tokenizer, batch_size=2, learning_rate=1e-3, device="cpu")
+    assert len(losses) == len(rates) == 32
+    assert rates[-1] == pytest.approx(1e-3 / 32) and max(rates) < 1e-3
+    assert all(later < earlier for earlier, later in zip(rates[2:], rates[3:], strict=False))
+
+
+@pytest.mark.detail(22)
+def test_fitted_reward_model_prefers_what_was_chosen_and_is_normalised(make_reward_model, tokenizer):
+    """Afterwards its scores on the texts it was fitted to have mean 0 and standard deviation 1."""
+    for seed in range(3):
+        scorer = make_reward_model(seed=seed, initializer_range=0.05)
+        losses = fit_reward_model(scorer, PAIRS, tokenizer, batch_size=8, learning_rate=1e-2, device="cpu", seed=seed)
+        assert losses[-1] < 0.3
+        held_out = [
+            dict(prompt="film", chosen="good .", rejected="bad ."),
+            dict(prompt="", chosen="film good .", rejected="film bad ."),
+        ]
+        assert fitting.preference_accuracy(scorer, PAIRS + held_out, tokenizer) == 1.0
+        texts = [pair[side] for pair in PAIRS for side in ("chosen", "rejected")]
+        scores = fitting.score_texts(scorer, tokenizer, ["film"] * len(texts), texts)
+        assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+        assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.detail(25)
+def test_reward_model_reads_in_training_the_ids_that_a_rollout_gives(make_reward_model, tokenizer):
+    """Prompt and response with EOS at the end, whatever the padding around them."""
+    scorer, seen = make_reward_model(), set()
+    original = scorer.forward
+
+    def forward(tokens, mask):
+        seen.update(tuple(row[real].tolist()) for row, real in zip(tokens, mask, strict=True))
+        return original(tokens, mask)
+
+    scorer.forward = forward
+    fit_reward_model(scorer, PAIRS, tokenizer, batch_size=8, device="cpu")
+    expected = {
+        tuple(encode_prompt(tokenizer, pair["prompt"]) + encode_response(tokenizer, pair["prompt"], pair[side]))
+        for pair in PAIRS
+        for side in ("chosen", "rejected")
+    }
+    assert seen == expected and all(ids[0] == BOS and ids[-1] == EOS for ids in seen)
+
+
+def test_language_model_is_fitted_to_the_texts_and_to_end_them(make_lm, tokenizer):
+    """Every text is one of three, so its loss can fall to that of the choice: log 3 over 4 to 5 tokens."""
+    lm = make_lm(initializer_range=0.05)
+    losses = fit_language_model(lm, TEXTS, tokenizer, epochs=40, batch_size=12, learning_rate=1e-2, device="cpu")
+    floor = 3 * math.log(3) / (4 + 4 + 5)
+    assert losses[0] > 1.5 and floor - 0.02 < losses[-1] < floor + 0.1
+    written = lm.generate(torch.tensor([[BOS, 5]]), attention_mask=torch.ones(1, 2), max_new_tokens=6, do_sample=False)
+    assert tokenizer.decode(written[0]) == "<bos> bad film . <eos>"
+
+
+def test_texts_are_cut_at_the_length_asked_for(make_lm, tokenizer, monkeypatch):
+    shapes = []
+    original = fitting.language_model_loss
+
+    def loss(lm, tokens, mask):
+        shapes.append(tokens.shape[1])
+        return original(lm, tokens, mask)
+
+    monkeypatch.setattr(fitting, "language_model_loss", loss)
+    fit_language_model(make_lm(), TEXTS, tokenizer, epochs=1, max_length=3, device="cpu")
+    assert set(shapes) == {3}
+
+
+def test_a_fit_that_diverges_raises_and_names_the_step(make_lm, tokenizer):
+    with pytest.raises(FloatingPointError, match="the loss is nan in step"):
+        fit_language_model(make_lm(), TEXTS, tokenizer, epochs=10, batch_size=4, learning_rate=1e38, device="cpu")
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device must be one of auto, cpu, cuda, mps; got 'tpu'"):
+        fitting.make_accelerator("tpu")
+    absent = "mps" if torch.cuda.is_available() else "cuda"
+    with pytest.raises(ValueError, match=f"device '{absent}' is not available on this machine"):
+        fitting.make_accelerator(absent)
+
+
+def test_from_language_model_to_aligned_policy(make_lm, make_trainer, make_policy, tokenizer, tmp_path):
+    """The stages in their order, through folders: fit a base model, a reward model from its trunk, then PPO."""
+    base = make_lm(initializer_range=0.05)
+    fit_language_model(base, TEXTS, tokenizer, epochs=10, batch_size=12, learning_rate=1e-2, device="cpu")
+    base.save_pretrained(tmp_path)
+    scorer = RewardModel.from_causal_lm(tmp_path, pad_token_id=PAD)
+    fit_reward_model(scorer, PAIRS, tokenizer, batch_size=8, learning_rate=1e-2, device="cpu")
+    policy = type(make_policy()).from_pretrained(tmp_path)
+    history = make_trainer(
+        policy, base, scorer, prompts=[""], num_iterations=8, batch_size=32, learning_rate=5e-3
+    ).train()
+    assert history[0]["kl"] == pytest.approx(0, abs=1e-4), "policy and reference start as one"
+    assert history[-1]["score"] > history[0]["score"] + 0.2
+
+
+# --- Two processes --------------------------------------------------------------------------------
+
+UNION = [1, 6, 3, 5, 2, 6, 4, 1, 6, 2, 5, 3, 6, 6, 1, 2]
+
+
+def union_trainer(tiny_trainer, **changes):
+    settings = dict(minibatch_size=16, ppo_epochs=1, gradient_accumulation_steps=2, target_kl=100.0)
+    return tiny_trainer(**(settings | changes))
+
+
+def one_of_two_processes(folder):
+    """What each process runs: an update on its half of a batch, then an iteration of its own."""
+    from conftest import random_batch, tiny_trainer
+
+    torch.set_num_threads(1)
+    trainer = union_trainer(tiny_trainer)
+    rank = trainer.accelerator.process_index
+    half = random_batch(UNION).rows(torch.arange(8) + 8 * rank)
+    steps = watch_steps(trainer)
+    report = trainer.update(half)[0]
+    second = union_trainer(tiny_trainer, minibatch_size=8, gradient_accumulation_steps=1, ppo_epochs=2)
+    metrics = second.step()
+    result = dict(
+        processes=trainer.accelerator.num_processes,
+        gradients=steps[0]["gradients"],
+        report={name: float(value) for name, value in report.items()},
+        tokens=second.batch.tokens,
+        metrics=without_times(metrics),
+        parameters=parameter_hash(second.policy),
+    )
+    torch.save(result, f"{folder}/{rank}.pt")
+    trainer.accelerator.end_training()
+
+
+def gloo_available():
+    return torch.distributed.is_available() and torch.distributed.is_gloo_available()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """This file, launched in two processes that talk over gloo, as by torchrun: the results of both."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    result = subprocess.run(
+        [*launch, __file__, str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.skipif(not gloo_available(), reason="this build of torch has no gloo")
+@pytest.mark.detail(35)
+def test_two_processes_make_the_gradient_of_one_on_both_halves(two_processes, make_trainer, make_batch):
+    """Halves of 28 and 31 tokens in two pieces each: the sum is weighted by tokens, in the gradient and the report."""
+    trainer = union_trainer(make_trainer)
+    steps = watch_steps(trainer)
+    report = trainer.update(make_batch(UNION))[0]
+    expected = {name: float(value) for name, value in report.items()}
+    for result in two_processes:
+        assert result["processes"] == 2
+        assert_all_close(result["gradients"], steps[0]["gradients"], atol=1e-6, rtol=1e-4)
+        assert result["report"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.skipif(not gloo_available(), reason="this build of torch has no gloo")
+@pytest.mark.detail(37)
+def test_two_processes_sample_differently_and_stay_one_model(two_processes):
+    first, second = two_processes
+    assert len(first["tokens"]) == len(second["tokens"]) == 8, "a batch of 16 is shared out"
+    assert first["tokens"].shape != second["tokens"].shape or not torch.equal(first["tokens"], second["tokens"])
+    assert first["parameters"] == second["parameters"]
+    assert first["metrics"] == second["metrics"] and first["metrics"]["optimizer_steps"] == 4
+
+
+if __name__ == "__main__":
+    one_of_two_processes(sys.argv[1])
