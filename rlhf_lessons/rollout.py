@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf_lessons.advantages import gae
 from rlhf_lessons.kl import sampled_kl, shaped_rewards
 from rlhf_lessons.masking import masked_whiten
-from rlhf_lessons.models import causal_lm_logits, position_arguments
+from rlhf_lessons.models import causal_lm_logits, new_kv_cache, position_arguments, takes_ready_masks
 from rlhf_lessons.policy_gradient import action_log_probs, full_precision
 
 
@@ -98,8 +98,6 @@ def sample_responses(
     No top-k or top-p: the log-probabilities are those of the distribution that was sampled from.
     Raises ValueError when a row's last prompt position is padding.
     """
-    from transformers import DynamicCache
-
     if attention_mask.device.type == "cpu" and not attention_mask[:, -1].all():
         raise ValueError("attention_mask must end in a real token in every row: pad prompts on the left")
     batch = input_ids.shape[0]
@@ -108,12 +106,13 @@ def sample_responses(
     log_probs = torch.zeros_like(tokens, dtype=full_precision(torch.empty(0, dtype=lm.dtype)).dtype)
     ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)
     rows = torch.arange(batch, device=tokens.device)  # the row of `tokens` that each row of the cache belongs to
-    seen, step_ids, cache = attention_mask.bool(), input_ids, DynamicCache(config=lm.config)
+    seen, step_ids = attention_mask.bool(), input_ids
+    cache, ready_masks = new_kv_cache(lm, input_ids.shape[1] + max_new_tokens), takes_ready_masks(lm)
     for t in range(max_new_tokens):
         positions = position_arguments(lm, seen, new_tokens=step_ids.shape[1])
         output = lm(
             input_ids=step_ids,
-            attention_mask=seen,
+            attention_mask=seen[:, None, None] if ready_masks and t > 0 else seen,  # spares the model making one
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -157,6 +156,11 @@ def reference_logits(
     return full_precision(logits) / temperature
 
 
+def state_values(policy: nn.Module, tokens: Tensor, attention_mask: Tensor, *, length: int) -> Tensor:
+    """The values of `policy_outputs` (B, T), without the logits beside them."""
+    return policy.values(tokens[:, :-1], attention_mask[:, :-1], keep=length)
+
+
 def missing_eos_scores(scores: Tensor, ended: Tensor, *, penalty: float, mode: str = "subtract") -> Tensor:
     """Scores (B,) with the price of not having ended: `penalty` subtracted, or −penalty in the score's place.
 
@@ -186,7 +190,7 @@ def score_rollout(
     values, ref_log_probs, scores = [], [], []
     for rows in torch.arange(len(tokens), device=tokens.device).split(config.micro_batch_size):
         chunk = tokens[rows], attention_mask[rows]
-        values.append(policy_outputs(policy, *chunk, **options)[1])
+        values.append(state_values(policy, *chunk, length=options["length"]))
         ref_log_probs.append(action_log_probs(reference_logits(reference, *chunk, **options), responses.tokens[rows]))
         scores.append(score(*chunk, responses.mask[rows]))
     return (
@@ -211,15 +215,16 @@ def collect_rollout(
     eos_id: int,
     pad_id: int,
     generator: torch.Generator | None = None,
+    sample: Callable[..., Responses] = sample_responses,
 ) -> RolloutBatch:
     """One batch, from prompts to advantages, in the order in which it is made.
 
     policy: a `CausalLMWithValueHead`; reference: the frozen language model; score: (tokens, attention_mask,
     response_mask) -> (B,); input_ids, attention_mask (B, P): prompts, padded on the left; config: a `PPOConfig`;
-    kl_coef: today's β.
+    kl_coef: today's β; sample: `sample_responses`, or what takes its place on a GPU.
     """
     prompt_mask = attention_mask.bool()
-    responses = sample_responses(
+    responses = sample(
         policy.lm,
         input_ids,
         prompt_mask,

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lessons.data import decode, encode_prompt, pad
+from rlhf_lessons.decoding import StaticSampler
 from rlhf_lessons.fitting import fit_language_model, fit_reward_model, make_accelerator
 from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
 from rlhf_lessons.masking import masked_mean
-from rlhf_lessons.models import check_tokenizer, without_dropout
+from rlhf_lessons.models import check_tokenizer, with_fused_gelu, without_dropout
 from rlhf_lessons.policy_gradient import action_log_probs, entropy
 from rlhf_lessons.ppo import clip_fraction, clipped_policy_loss, clipped_value_loss, explained_variance, ppo_loss
-from rlhf_lessons.rollout import RolloutBatch, collect_rollout, policy_outputs
+from rlhf_lessons.rollout import RolloutBatch, collect_rollout, policy_outputs, sample_responses
 
 __all__ = ["PPOConfig", "PPOTrainer", "fit_language_model", "fit_reward_model"]
 
@@ -53,7 +54,7 @@ class PPOConfig:
     value_clip_eps: float = setting(0.2, "ε of the critic's clip range")
     vf_coef: float = setting(0.1, "weight of the value loss")
     ent_coef: float = setting(0.0, "weight of the entropy bonus")
-    kl_coef: float = setting(0.05, "β: price of one nat of KL from the reference; the first one if adaptive")
+    kl_coef: float = setting(0.1, "β: price of one nat of KL from the reference; the first one if adaptive")
     adaptive_kl_target: float | None = setting(None, "KL per response, in nats, that β is steered to")
     adaptive_kl_horizon: int = setting(10000, "responses over which that steering works")
     target_kl: float | None = setting(
@@ -124,6 +125,19 @@ class PPOConfig:
         return self.minibatch_size // self.gradient_accumulation_steps
 
 
+def as_scores(scores, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """What a score function returned as a tensor (count,). Raises ValueError unless it is that many finite numbers."""
+    try:
+        scores = torch.as_tensor(scores, dtype=torch.get_default_dtype(), device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"score_fn must return numbers, one per response; got {scores!r:.80}") from error
+    if scores.shape != (count,):
+        raise ValueError(f"score_fn must return one number per response, ({count},); got {tuple(scores.shape)}")
+    if not scores.isfinite().all():
+        raise ValueError("score_fn must return finite numbers; got NaN or infinity")
+    return scores
+
+
 class PPOTrainer:
     """Proximal policy optimisation of a language model against a score, on a leash to a reference.
 
@@ -153,6 +167,9 @@ class PPOTrainer:
         optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.learning_rate, eps=1e-5, weight_decay=0.0, fused=fused
         )
+        for model in (policy, reference, score_fn):
+            if isinstance(model, nn.Module):
+                with_fused_gelu(model)
         self.model, self.optimizer = self.accelerator.prepare(without_dropout(policy).train(), optimizer)
         self.policy = self.accelerator.unwrap_model(self.model)
         self.kl_controller = (
@@ -163,6 +180,7 @@ class PPOTrainer:
         seed = config.seed + SEED_STRIDE * self.accelerator.process_index
         self.sampling = torch.Generator(self.accelerator.device).manual_seed(seed)
         self.ordering = torch.Generator().manual_seed(seed)  # prompts and shuffles are drawn on the CPU
+        self.sample = StaticSampler() if self.accelerator.device.type == "cuda" else sample_responses
         self.iteration = 0
 
     def step(self) -> dict[str, float]:
@@ -207,6 +225,7 @@ class PPOTrainer:
                 eos_id=self.tokenizer.eos_token_id,
                 pad_id=self.tokenizer.pad_token_id,
                 generator=self.sampling,
+                sample=self.sample,
             )
 
     def update(self, batch: RolloutBatch) -> list[dict[str, Tensor]]:
@@ -309,7 +328,7 @@ class PPOTrainer:
         return metrics | {
             "kl_coef": self.kl_controller.coef,
             "learning_rate": self.learning_rate,
-            "optimizer_steps": len(updates),
+            "optimizer_steps": sum("grad_norm" in update for update in updates),
         }
 
     def _score(self, tokens: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
@@ -319,14 +338,7 @@ class PPOTrainer:
         split = tokens.shape[1] - response_mask.shape[1]
         prompts = decode(self.tokenizer, tokens[:, :split], attention_mask[:, :split])
         scores = self.score_fn(prompts, decode(self.tokenizer, tokens[:, split:], response_mask))
-        scores = torch.as_tensor(scores, dtype=torch.get_default_dtype(), device=tokens.device)
-        if scores.shape != tokens.shape[:1]:
-            raise ValueError(
-                f"score_fn must return one number per response, ({len(tokens)},); got {tuple(scores.shape)}"
-            )
-        if not scores.isfinite().all():
-            raise ValueError("score_fn must return finite numbers; got NaN or infinity")
-        return scores
+        return as_scores(scores, len(tokens), tokens.device)
 
     def _encode_prompts(self, model_config) -> list[list[int]]:
         if not self.prompts:

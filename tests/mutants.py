@@ -25,7 +25,7 @@ SECONDS = 300  # a mistake that hangs its tests has been noticed too
 
 @dataclass(frozen=True)
 class Mistake:
-    """One line of the registry; line breaks in a snippet are written as \\n."""
+    """One line of the registry; line breaks in a snippet are written as ⏎."""
 
     module: str
     original: str
@@ -35,7 +35,7 @@ class Mistake:
     @classmethod
     def parse(cls, line: str) -> "Mistake":
         module, original, replacement, tests = (part.strip(" ") for part in line.rstrip("\n").split("|||"))
-        return cls(module, original.replace("\\n", "\n"), replacement.replace("\\n", "\n"), tuple(tests.split()))
+        return cls(module, original.replace("⏎", "\n"), replacement.replace("⏎", "\n"), tuple(tests.split()))
 
     @property
     def source(self) -> Path:

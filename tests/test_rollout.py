@@ -552,6 +552,8 @@ def test_sampler_calls_the_model_with_the_positions_of_real_tokens(queries):
             return SimpleNamespace(logits=torch.zeros(len(input_ids), 1, 8).index_fill(2, torch.tensor([4]), 50.0))
 
     class Cache:
+        layers = ()
+
         def __init__(self, config):
             pass
 

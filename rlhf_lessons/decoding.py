@@ -1,0 +1,157 @@
+"""Sampling with fixed shapes, for a GPU: nothing is read by the host between the first token and the last.
+
+`rollout.sample_responses` lets ended rows leave the batch, for which it must look at every step whether any has ended.
+On a GPU that look costs more than the rows: the host waits for the device and then the device for the host. Here all
+rows take all steps and ended ones write padding, so that a step is the same work at the same addresses every time,
+captured once as a CUDA graph and replayed. Without a GPU the same step runs uncaptured, which is how it is tested.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_lessons.masking import position_ids
+from rlhf_lessons.models import ready_mask, takes_ready_masks
+from rlhf_lessons.policy_gradient import action_log_probs, full_precision
+from rlhf_lessons.rollout import Responses, sample_responses, sample_tokens
+
+PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that few shapes need a graph of their own
+WARM_UP_STEPS = 2  # run before capture: libraries allocate their workspaces in their first calls
+
+
+class StaticSampler:
+    """Takes the place of `sample_responses` on a GPU; keeps a decoder for each shape it has met.
+
+    Draws from the same distribution, but for ended rows, too, so a seed gives other tokens once a row has ended.
+    Models that the fixed step does not fit (no position ids, windowed attention) are left to `sample_responses`.
+    """
+
+    def __init__(self) -> None:
+        self.decoders: dict[tuple, StaticDecoder] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        lm: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        max_new_tokens: int,
+        eos_id: int,
+        pad_id: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Responses:
+        """Arguments and result as those of `sample_responses`."""
+        options = dict(
+            max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=pad_id, temperature=temperature, generator=generator
+        )
+        if not takes_ready_masks(lm):
+            return sample_responses(lm, input_ids, attention_mask, **options)
+        extra = -input_ids.shape[1] % PROMPT_MULTIPLE
+        input_ids, attention_mask = F.pad(input_ids, (extra, 0), value=pad_id), F.pad(attention_mask, (extra, 0))
+        key = (id(lm), id(generator), *input_ids.shape, max_new_tokens, eos_id, pad_id, temperature)
+        if key not in self.decoders:
+            self.decoders[key] = StaticDecoder(lm, *input_ids.shape, **options)
+        return self.decoders[key].sample(input_ids, attention_mask.bool())
+
+
+class StaticDecoder:
+    """Samples responses of one shape: B rows, P prompt positions, T steps, all buffers allocated once."""
+
+    def __init__(
+        self, lm: nn.Module, batch: int, prompt_length: int, *, max_new_tokens: int, eos_id: int, pad_id: int,
+        temperature: float, generator: torch.Generator | None,
+    ) -> None:  # fmt: skip
+        from transformers import StaticCache
+
+        device, length = lm.device, prompt_length + max_new_tokens
+        self.lm, self.prompt_length, self.temperature, self.generator = lm, prompt_length, temperature, generator
+        self.eos_id, self.pad_id = eos_id, pad_id
+        self.cache = StaticCache(config=lm.config, max_cache_len=length)
+        self.visible = torch.zeros(batch, 1, 1, length, dtype=torch.bool, device=device)
+        self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.step_ids = torch.zeros_like(self.position)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)
+        self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.tokens = torch.full((batch, max_new_tokens), pad_id, device=device)
+        self.mask = torch.zeros_like(self.tokens, dtype=torch.bool)
+        self.log_probs = torch.zeros_like(self.tokens, dtype=full_precision(torch.empty(0, dtype=lm.dtype)).dtype)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def sample(self, input_ids: Tensor, attention_mask: Tensor) -> Responses:
+        """Prompts (B, P), padded on the left -> responses, cut to the longest (the one look at the device)."""
+        self.read_prompts(input_ids, attention_mask)
+        steps = self.tokens.shape[1] - 1
+        if input_ids.device.type == "cuda" and steps > WARM_UP_STEPS:
+            if self.graph is None:
+                steps -= self.capture()
+            for _ in range(steps):
+                self.graph.replay()
+        else:
+            for _ in range(steps):
+                self.step()
+        length = int(self.mask.any(dim=0).sum())
+        return Responses(
+            self.tokens[:, :length].clone(), self.mask[:, :length].clone(), self.log_probs[:, :length].clone(),
+            self.ended.clone(),
+        )  # fmt: skip
+
+    def read_prompts(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Fill the cache from the prompts, in one pass, and draw every row's first token."""
+        self.cache.reset()
+        self.t.zero_()
+        self.ended.zero_()
+        self.visible.zero_()
+        self.visible[:, 0, 0, : self.prompt_length] = attention_mask
+        positions = position_ids(attention_mask)
+        self.position.copy_(positions[:, -1:])
+        mask = ready_mask(attention_mask, self.visible.shape[-1])
+        self.draw(self.logits(input_ids, mask, positions))
+
+    def step(self) -> None:
+        """Read the last token of every row, draw the next."""
+        self.draw(self.logits(self.step_ids, self.visible, self.position))
+
+    def logits(self, input_ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, V) after the last of these tokens, at the sampling temperature."""
+        output = self.lm(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        return full_precision(output.logits[:, -1]) / self.temperature
+
+    def draw(self, logits: Tensor) -> None:
+        """Sample a token in every row, record it where the row goes on, and make it visible to the next step."""
+        chosen = torch.where(self.ended, self.pad_id, sample_tokens(logits, self.generator))
+        log_probs = torch.where(self.ended, 0, action_log_probs(logits, chosen))
+        self.tokens.index_copy_(1, self.t, chosen[:, None])
+        self.mask.index_copy_(1, self.t, ~self.ended[:, None])
+        self.log_probs.index_copy_(1, self.t, log_probs[:, None])
+        self.ended.logical_or_(chosen == self.eos_id)
+        self.step_ids.copy_(chosen[:, None])
+        self.visible.index_fill_(3, self.t + self.prompt_length, True)
+        self.position.add_(1)
+        self.t.add_(1)
+
+    def capture(self) -> int:
+        """Record one step as a graph. Returns how many of this response's steps were taken on the way.
+
+        The weights are read where they are, so a graph serves after every update. Autocast may not keep its copies of
+        them: one made during capture would be replayed, stale, for ever.
+        """
+        device = self.tokens.device
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        precision = torch.get_autocast_dtype("cuda")
+        with torch.autocast("cuda", precision, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP_STEPS):
+                    self.step()
+            torch.cuda.current_stream(device).wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            if self.generator is not None:
+                self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph):
+                self.step()
+        return WARM_UP_STEPS
