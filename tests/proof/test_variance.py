@@ -54,10 +54,14 @@ def ranking(w):
 def test_usual_ranking(claim):
     text = "in the stated world (3 tokens, 4 steps, a random reward at each, γ = 1) the usual ranking holds"
     claim.decreasing("variance.ranking", text, ranking(stated_world()), 0.1)
-    # A is the conditional mean of to-go − V given state and action, so this step is a theorem: Rao and Blackwell's.
+    # A is the conditional mean of to-go − V given state and action. Where every state has logits of its own, as here,
+    # each coordinate of the gradient hears of one state alone, and the step is a theorem: Rao and Blackwell's.
     found = [ranking(w) for w in (*map(stated_world, range(1, 8)), reversed_world())]
     worst = min(found, key=lambda x: float(x["to-go − V(s)"] - x["exact A(s, a)"]))
-    text = "in seven more random worlds and the reversed one the last step holds too, as it must (narrowest shown)"
+    text = (
+        "in seven more random worlds and the reversed one the last step holds too, as it must where each state has "
+        "its own logits (narrowest shown)"
+    )
     claim.decreasing("variance.rao_blackwell", text, dict(list(worst.items())[2:]), 0.01)
 
 
