@@ -167,29 +167,9 @@ def panel_grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
 def proxy_and_gold(runs, *, band: str = "minmax") -> Figure:
     """Proxy and gold reward over the iterations, in their colours: a panel per run, named above it, on one scale.
 
-    runs: as in `training_curves`, with `score` and `gold`. Raises ValueError for a run without one of them.
-    """
-    runs = runs_by_label(runs)
-    size = (0.8 + 4.0 * len(runs), 3.7)
-    figure, axes = plt.subplots(1, len(runs), figsize=size, sharey=True, layout="constrained", squeeze=False)
-    for ax, (label, seeds) in zip(axes.flat, runs.items(), strict=True):
-        for name in ("score", "gold"):
-            measured = metric_series(seeds, name)
-            if measured is None:
-                raise ValueError(f"runs: expected rows with {name!r}; run {label!r} has none")
-            axis_label, concept = METRICS[name]
-            draw_band(ax, *measured, concept_style(concept), axis_label, band)
-        ax.set(xlabel="PPO iteration", title=label)
-    axes[0, 0].set_ylabel("reward")
-    axes[0, 0].legend()
-    return figure
-
-
-def overoptimisation(runs, *, x: str = "sqrt_kl", band: str = "minmax") -> Figure:
-    """Proxy against gold reward, as the policy moves away from the reference.
-
-    runs: as in `training_curves`, with `score`, `gold` and `kl`, labelled by β. x: "sqrt_kl" (of each seed's mean KL,
-    in nats; seeds are then averaged in both directions) or "iteration". One run: both rewards on one pair of axes.
+    runs: as in `training_curves`, with `score`, `gold` and `kl`, labelled by β. x: "sqrt_kl" or "iteration". Over √KL
+    several seeds are a cloud, a small point per iteration and a large one where each ends. One run: both rewards on one
+    pair of axes.
     Several: proxy left, gold right, on one scale. Raises ValueError for another x or a missing metric.
     Source: Gao et al. 2023, "Scaling laws for reward model overoptimization", Fig. 1.
     """
@@ -210,10 +190,14 @@ def overoptimisation(runs, *, x: str = "sqrt_kl", band: str = "minmax") -> Figur
                 raise ValueError(f"runs: expected rows with {name!r} and 'kl'; run {label!r} has none")
             axis, concept = METRICS[name]
             steps, values = measured
+            style, label_shown = styles.get(label) or concept_style(concept), label if several else axis
             if x == "sqrt_kl":
                 kl = dict(zip(*[a.T.tolist() for a in metric_series(seeds, "kl")], strict=True))
-                steps = np.sqrt(np.clip([kl[i] for i in steps], 0, None)).mean(axis=1)
-            draw_band(ax, steps, values, styles.get(label) or concept_style(concept), label if several else axis, band)
+                steps = np.sqrt(np.clip([kl[i] for i in steps], 0, None))  # (N, seeds)
+            if x == "sqrt_kl" and len(seeds) > 1:
+                draw_cloud(ax, steps, values.T, style, label_shown)
+            else:
+                draw_band(ax, steps.reshape(len(steps)), values, style, label_shown, band)
             ax.set_ylabel(axis if several else "reward")
             ax.tick_params(labelleft=True)
     for ax in axes.flat:
