@@ -167,6 +167,34 @@ def panel_grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
 def proxy_and_gold(runs, *, band: str = "minmax") -> Figure:
     """Proxy and gold reward over the iterations, in their colours: a panel per run, named above it, on one scale.
 
+    runs: as in `training_curves`, with `score` and `gold`. Raises ValueError for a run without one of them.
+    """
+    runs = runs_by_label(runs)
+    size = (0.8 + 4.0 * len(runs), 3.7)
+    figure, axes = plt.subplots(1, len(runs), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for ax, (label, seeds) in zip(axes.flat, runs.items(), strict=True):
+        for name in ("score", "gold"):
+            measured = metric_series(seeds, name)
+            if measured is None:
+                raise ValueError(f"runs: expected rows with {name!r}; run {label!r} has none")
+            axis_label, concept = METRICS[name]
+            draw_band(ax, *measured, concept_style(concept), axis_label, band)
+        ax.set(xlabel="PPO iteration", title=label)
+    axes[0, 0].set_ylabel("reward")
+    axes[0, 0].legend()
+    return figure
+
+
+def draw_cloud(ax: Axes, x: np.ndarray, y: np.ndarray, style: dict, label: str) -> None:
+    """A small point per iteration and seed, x and y (N, seeds), and a large one where each seed ends."""
+    look = {"color": style["color"], "marker": style["marker"], "linestyle": "none"}
+    ax.plot(x, y, markersize=3, alpha=0.35, **look)
+    ax.plot(x[-1], y[-1], markersize=9, markeredgecolor="white", label=label, zorder=5, **look)
+
+
+def overoptimisation(runs, *, x: str = "sqrt_kl", band: str = "minmax") -> Figure:
+    """Proxy against gold reward, as the policy moves away from the reference.
+
     runs: as in `training_curves`, with `score`, `gold` and `kl`, labelled by β. x: "sqrt_kl" or "iteration". Over √KL
     several seeds are a cloud, a small point per iteration and a large one where each ends. One run: both rewards on one
     pair of axes.
@@ -190,14 +218,14 @@ def proxy_and_gold(runs, *, band: str = "minmax") -> Figure:
                 raise ValueError(f"runs: expected rows with {name!r} and 'kl'; run {label!r} has none")
             axis, concept = METRICS[name]
             steps, values = measured
-            style, label_shown = styles.get(label) or concept_style(concept), label if several else axis
+            style, name_shown = styles.get(label) or concept_style(concept), label if several else axis
             if x == "sqrt_kl":
                 kl = dict(zip(*[a.T.tolist() for a in metric_series(seeds, "kl")], strict=True))
                 steps = np.sqrt(np.clip([kl[i] for i in steps], 0, None))  # (N, seeds)
             if x == "sqrt_kl" and len(seeds) > 1:
-                draw_cloud(ax, steps, values.T, style, label_shown)
+                draw_cloud(ax, steps, values.T, style, name_shown)
             else:
-                draw_band(ax, steps.reshape(len(steps)), values, style, label_shown, band)
+                draw_band(ax, steps.reshape(len(steps)), values, style, name_shown, band)
             ax.set_ylabel(axis if several else "reward")
             ax.tick_params(labelleft=True)
     for ax in axes.flat:
