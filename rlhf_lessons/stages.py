@@ -42,7 +42,7 @@ class StageConfig:
     layers: int = setting(4, "layers of a language model trained from scratch")
     width: int = setting(192, "its hidden size")
     heads: int = setting(6, "its attention heads")
-    context: int = setting(96, "its longest text, in tokens")
+    context: int = setting(128, "its longest text, in tokens")
     vocab_size: int = setting(4000, "tokens of a tokenizer trained on --corpus")
     lm_epochs: float = setting(8.0, "passes over --corpus")
     lm_batch_size: int = setting(32, "texts in a step")
@@ -89,6 +89,9 @@ def pretrain(
         tokenizer, layers=stages.layers, width=stages.width, heads=stages.heads, context=stages.context, seed=ppo.seed
     )
     say(f"language model: {millions(lm)} parameters, {len(tokenizer)} tokens, {len(texts)} texts")
+    for path in (sources.preferences, sources.eval_preferences):
+        if path is not None:
+            read_fitting_preferences(path, tokenizer, lm)  # what does not fit is said now, not after the training
     cut = sum(len(ids) + 1 > stages.context for ids in tokenizer(texts).input_ids)
     if cut:
         say(f"{cut} of the texts are longer than the context of {stages.context} tokens and are cut there")
