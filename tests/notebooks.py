@@ -228,9 +228,7 @@ def read(path: Path) -> Notebook:
 
 # An absolute path: a well-known top folder that no word, dot, bracket or tag precedes.
 TOP_FOLDERS = "home|root|tmp|work|workspace|content|mnt|opt|usr|var|private|Users"
-MACHINE_PATH = re.compile(
-    rf"(?<![\w.)\]}}<])/(?:{TOP_FOLDERS})\b|\b[A-Za-z]:\\+Users\b|\bsite-packages\b"
-)
+MACHINE_PATH = re.compile(rf"(?<![\w.)\]}}<])/(?:{TOP_FOLDERS})\b|\b[A-Za-z]:\\+Users\b|\bsite-packages\b")
 ALLOWED_TAGS = {"nbval-check-output", "raises-exception"}
 OBJECT_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}\b")
 
@@ -401,9 +399,7 @@ def run_all(paths: list[Path]) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("execute", "check"))
     parser.add_argument("names", nargs="*")
     options = parser.parse_args(arguments)

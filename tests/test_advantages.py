@@ -271,9 +271,7 @@ def test_edits_after_eos_change_nothing(estimate, garbage):
     outputs, gradients = [], []
     mask = prefix_mask([5, 2, 1], 5)
     for filler in (0.0, garbage):
-        rewards, values = (
-            torch.where(mask, normal(3, 5, seed=seed), filler).requires_grad_() for seed in (0, 1)
-        )
+        rewards, values = (torch.where(mask, normal(3, 5, seed=seed), filler).requires_grad_() for seed in (0, 1))
         out = estimate(rewards, values, mask, bootstrap_value=normal(3, seed=2))
         out.square().sum().backward()
         outputs.append(out.detach())

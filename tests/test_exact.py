@@ -179,9 +179,7 @@ def test_gradient_of_the_expectation_matches_finite_differences():
 @pytest.mark.equation("3.3")
 def test_expectation_differentiates_f_too():
     policy, sequences, _, _ = world(3, 2, None)
-    entropy = exact_expectation(
-        policy.sequence_log_prob, lambda s: -policy.sequence_log_prob(s), sequences
-    )
+    entropy = exact_expectation(policy.sequence_log_prob, lambda s: -policy.sequence_log_prob(s), sequences)
     (gradient,) = torch.autograd.grad(entropy, policy.logits)
     # Second route: H = H(root) + Σ_a π(a) H(child a), differentiated by small steps.
     step, row, column = 1e-6, 1, 2
@@ -284,9 +282,7 @@ def test_score_function_estimator_has_the_gradient_as_its_mean(vocab_size, lengt
     mean, variance = exact_moments(log_probs.detach(), scores * returns[:, None])
     torch.testing.assert_close(mean, exact.flatten())
     assert (variance > 0).any()
-    torch.testing.assert_close(
-        exact_moments(log_probs.detach(), scores)[0], torch.zeros_like(mean)
-    )
+    torch.testing.assert_close(exact_moments(log_probs.detach(), scores)[0], torch.zeros_like(mean))
 
 
 # --- the KL-regularised optimum ----------------------------------------------------------------
@@ -363,9 +359,7 @@ def test_sequence_kl_is_the_sum_over_states_of_token_kl():
         log_p, log_q = (x(sequences).log_softmax(-1) for x in (policy, reference))
         token_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         visits = state_visitation(policy.log_probs(sequences), mask)
-        whole = sequence_kl(
-            policy.sequence_log_prob(sequences), reference.sequence_log_prob(sequences)
-        )
+        whole = sequence_kl(policy.sequence_log_prob(sequences), reference.sequence_log_prob(sequences))
     states = distinct_states(sequences, mask)
     torch.testing.assert_close(whole, (visits * token_kl)[states].sum())
 
@@ -389,9 +383,7 @@ def test_values_by_hand():
 def bellman(policy, sequences, mask, rewards, gamma):
     """V of every prefix, by recursion over a dictionary: no grouping, no tensors."""
     table = {}
-    for sequence, real, reward in zip(
-        sequences.tolist(), mask.tolist(), rewards.tolist(), strict=True
-    ):
+    for sequence, real, reward in zip(sequences.tolist(), mask.tolist(), rewards.tolist(), strict=True):
         for t in range(sum(real)):
             table[tuple(sequence[: t + 1])] = reward[t]
 

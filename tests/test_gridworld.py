@@ -43,9 +43,7 @@ def test_transitions_are_distributions(name):
     world = GridWorld.named(name)
     assert world.transition.dtype == world.rewards.dtype == torch.float64
     assert (world.transition >= 0).all()
-    torch.testing.assert_close(
-        world.transition.sum(-1), torch.ones(world.num_states, world.num_actions).double()
-    )
+    torch.testing.assert_close(world.transition.sum(-1), torch.ones(world.num_states, world.num_actions).double())
     assert world.start.sum().item() == pytest.approx(1)
     ends = world.terminal.nonzero().flatten()
     assert (world.transition[ends, :, ends] == 1).all()
@@ -162,9 +160,7 @@ def test_gradient_matches_finite_differences(name, horizon, timed):
     for index in itertools.islice(itertools.product(*map(range, logits.shape)), 0, None, 3):
         step = torch.zeros_like(logits)
         step[index] = 1e-6
-        up, down = (
-            world.objective(x.softmax(-1), horizon=horizon) for x in (logits + step, logits - step)
-        )
+        up, down = (world.objective(x.softmax(-1), horizon=horizon) for x in (logits + step, logits - step))
         assert gradient[index].item() == pytest.approx(((up - down) / 2e-6).item(), abs=1e-8)
 
 

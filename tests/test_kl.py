@@ -139,7 +139,7 @@ def test_k3_keeps_its_digits_near_zero():
 
 
 def test_sampled_kl_rejects_bad_input():
-    with pytest.raises(ValueError, match="kind must be \"k1\", \"k2\" or \"k3\"; got 'k4'"):
+    with pytest.raises(ValueError, match='kind must be "k1", "k2" or "k3"; got \'k4\''):
         sampled_kl(torch.zeros(2), torch.zeros(2), kind="k4")
     with pytest.raises(ValueError, match=r"ref_log_probs must have the shape of log_probs, \(2,\); got \(3,\)"):
         sampled_kl(torch.zeros(2), torch.zeros(3), kind="k1")

@@ -95,9 +95,7 @@ def test_policy_terms_by_hand():
 def test_policy_loss_against_finite_differences():
     old, advantages, mask = normal(2, 4), normal(2, 4, seed=1), prefix_mask([4, 3], 4)
     log_probs = (old + normal(2, 4, seed=2)).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x: clipped_policy_loss(x, old, advantages, mask, clip_eps=0.2), log_probs
-    )
+    assert torch.autograd.gradcheck(lambda x: clipped_policy_loss(x, old, advantages, mask, clip_eps=0.2), log_probs)
 
 
 def test_no_gradient_into_what_was_recorded():

@@ -113,9 +113,7 @@ UNMASKED = [
         " self-normalised",
     ),
     Case(importance.effective_sample_size, importance.effective_sample_size, ("weights",), ""),
-    Case(
-        ppo.ppo_loss, lambda *x: ppo.ppo_loss(*x, vf_coef=0.1, ent_coef=0.01), ("scalar", "scalar", "scalar"), ""
-    ),
+    Case(ppo.ppo_loss, lambda *x: ppo.ppo_loss(*x, vf_coef=0.1, ent_coef=0.01), ("scalar", "scalar", "scalar"), ""),
     Case(preferences.preference_probability, preferences.preference_probability, ("steps", "steps"), "BT"),
     Case(preferences.bradley_terry_loss, preferences.bradley_terry_loss, ("rows", "rows"), ""),
     Case(kl.exact_kl, kl.exact_kl, ("logits", "logits"), "BT"),
@@ -155,9 +153,7 @@ class Batch:
 
     def inputs(self, case: Case) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        return [
-            tensor(kind, len(self.mask), self.steps, self.dtype, self.scale, generator) for kind in case.inputs
-        ]
+        return [tensor(kind, len(self.mask), self.steps, self.dtype, self.scale, generator) for kind in case.inputs]
 
 
 def tensor(kind, rows, steps, dtype, scale, generator):
@@ -280,8 +276,7 @@ def test_half_precision_logits_give_float32(case, half):
 def test_nothing_under_the_mask_reaches_the_output_or_a_gradient(case, garbage, batch):
     mask, inputs = batch.mask_tensor(), batch.inputs(case)
     dirty = [
-        torch.where(mask, x, garbage) if at_steps else x
-        for x, at_steps in zip(inputs, per_step(case), strict=True)
+        torch.where(mask, x, garbage) if at_steps else x for x, at_steps in zip(inputs, per_step(case), strict=True)
     ]
     out, gradients = evaluate(case, inputs, mask)
     dirty_out, dirty_gradients = evaluate(case, dirty, mask)
@@ -406,9 +401,7 @@ def test_ranges(batch):
 
 
 @few
-@given(
-    steps=st.lists(st.tuples(st.floats(-100, 100), st.integers(1, 512)), max_size=20), target=st.floats(0.1, 20)
-)
+@given(steps=st.lists(st.tuples(st.floats(-100, 100), st.integers(1, 512)), max_size=20), target=st.floats(0.1, 20))
 def test_the_adaptive_coefficient_stays_positive_and_moves_towards_the_target(steps, target):
     controller = kl.AdaptiveKL(0.2, target=target, horizon=512)
     for value, n in steps:

@@ -94,12 +94,7 @@ def test_word_and_vocabulary_counts():
 
 def test_a_word_has_one_meaning():
     for classes in (tr.SENTIMENT_CLASSES, tr.MODIFIER_CLASSES):
-        flat = [
-            (word, value)
-            for table in classes.values()
-            for value, words in table.items()
-            for word in words.split()
-        ]
+        flat = [(word, value) for table in classes.values() for value, words in table.items() for word in words.split()]
         assert len({word for word, _ in flat}) == len(set(flat))
     assert not set(tr.SENTIMENT) & set(tr.MODIFIERS)
 
@@ -160,10 +155,7 @@ def test_the_seed_decides_the_samples():
     source = generator(1)
     assert tr.sample_review(source) != tr.sample_review(source)  # the generator moves on
     corpus = tr.sample_corpus(5, generator(3))
-    assert [
-        text.startswith(p + " ")
-        for text, p in zip(corpus, tr.prompts(5, generator(3)), strict=True)
-    ] == [True] * 5
+    assert [text.startswith(p + " ") for text, p in zip(corpus, tr.prompts(5, generator(3)), strict=True)] == [True] * 5
 
 
 def test_samples_are_the_same_in_every_process():
@@ -186,8 +178,7 @@ def test_samples_are_the_same_in_every_process():
 
 def test_importing_the_module_does_not_import_transformers():
     program = (
-        "import sys; import rlhf_lessons.tiny_reviews;"
-        "sys.exit(bool({'transformers', 'tokenizers'} & set(sys.modules)))"
+        "import sys; import rlhf_lessons.tiny_reviews;sys.exit(bool({'transformers', 'tokenizers'} & set(sys.modules)))"
     )
     env = {"PYTHONPATH": ":".join(filter(None, sys.path))}
     assert subprocess.run([sys.executable, "-c", program], env=env).returncode == 0
@@ -262,9 +253,7 @@ def test_shuffling_lowers_gold(reviews):
             continue
         rng.shuffle(words)
         count += 1
-        lower += (
-            tr.gold_terms(prompt, " ".join(words)).total < tr.gold_terms(prompt, response).total
-        )
+        lower += tr.gold_terms(prompt, " ".join(words)).total < tr.gold_terms(prompt, response).total
     assert lower / count > 0.99
 
 
@@ -323,16 +312,12 @@ def test_no_response_beats_the_documented_maximum():
 
 
 @pytest.mark.parametrize("temperature", [0.25, 0.5, 2.0])
-@pytest.mark.parametrize(
-    ("a", "b"), [("good .", "ordinary ."), ("bad .", "slightly good ."), ("good .", "good .")]
-)
+@pytest.mark.parametrize(("a", "b"), [("good .", "ordinary ."), ("bad .", "slightly good ."), ("good .", "good .")])
 def test_choice_frequency_is_bradley_terry(a, b, temperature):
     n = 20_000
     margin = tr.gold_terms(PROMPT, a).total - tr.gold_terms(PROMPT, b).total
     p = 1 / (1 + math.exp(-margin / temperature))
-    choices = tr.annotate_pairs(
-        [PROMPT] * n, [a] * n, [b] * n, generator(5), temperature=temperature
-    )
+    choices = tr.annotate_pairs([PROMPT] * n, [a] * n, [b] * n, generator(5), temperature=temperature)
     assert choices.shape == (n,) and choices.dtype == torch.bool
     z = (choices.float().mean().item() - p) / math.sqrt(p * (1 - p) / n)
     assert abs(z) < 4
@@ -343,9 +328,7 @@ def test_noise_ceiling_on_pairs_with_one_prompt(reviews, gold):
     for (prompt, response), value in zip(reviews, gold.tolist(), strict=True):
         by_prompt.setdefault(prompt, []).append((response, value))
     rows = [
-        (prompt, *a, *b)
-        for prompt, items in by_prompt.items()
-        for a, b in zip(items[::2], items[1::2], strict=False)
+        (prompt, *a, *b) for prompt, items in by_prompt.items() for a, b in zip(items[::2], items[1::2], strict=False)
     ]
     texts, a, gold_a, b, gold_b = map(list, zip(*rows, strict=True))
     margin = torch.tensor(gold_a) - torch.tensor(gold_b)
@@ -443,9 +426,7 @@ def test_padding_is_on_the_left_and_an_empty_prompt_is_bos(tokenizer):
     assert batch["input_ids"][0].tolist() == [0, 0, 0, 1]
     assert batch["attention_mask"].tolist() == [[0, 0, 0, 1], [1, 1, 1, 1]]
     assert "token_type_ids" not in batch
-    assert tokenizer.decode([1, *tokenizer.convert_tokens_to_ids(["good", "."]), 2]) == (
-        "<bos> good . <eos>"
-    )
+    assert tokenizer.decode([1, *tokenizer.convert_tokens_to_ids(["good", "."]), 2]) == ("<bos> good . <eos>")
 
 
 # --- Bad input ----------------------------------------------------------------------------------
