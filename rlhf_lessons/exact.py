@@ -20,9 +20,7 @@ from torch import Tensor, nn
 TOLERANCE = 1e-6  # by how much a sum of probabilities may miss 1
 
 
-def enumerate_sequences(
-    vocab_size: int, length: int, *, eos_id: int | None = None
-) -> tuple[Tensor, Tensor]:
+def enumerate_sequences(vocab_size: int, length: int, *, eos_id: int | None = None) -> tuple[Tensor, Tensor]:
     """Everything that sampling can give, each distinct sample once, in lexicographic order.
 
     Without `eos_id` these are the V^L sequences of `length` tokens. With it, a sequence ends at
@@ -120,9 +118,7 @@ def per_sample_gradients(outputs: Tensor, params: Tensor | Sequence[Tensor]) -> 
     params = [params] if isinstance(params, Tensor) else list(params)
     flat, rows = outputs.flatten(), []
     for i in range(len(flat)):  # no vmap: this works for any model
-        grads = torch.autograd.grad(
-            flat[i], params, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        grads = torch.autograd.grad(flat[i], params, retain_graph=True, allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([grad.flatten() for grad in grads]))
     return torch.stack(rows).view(*outputs.shape, -1)
 
@@ -273,9 +269,7 @@ class TabularPolicy(nn.Module):
         tokens = torch.where(eos_mask(sequences, self.eos_id), sequences, 0)
         if ((tokens < 0) | (tokens >= self.vocab_size)).any():
             low, high = tokens.min().item(), tokens.max().item()
-            raise ValueError(
-                f"sequences: expected tokens 0..{self.vocab_size - 1}, got {low}..{high}"
-            )
+            raise ValueError(f"sequences: expected tokens 0..{self.vocab_size - 1}, got {low}..{high}")
         rows = [torch.zeros_like(tokens[:, 0])]
         for t in range(tokens.shape[1] - 1):
             rows.append(self.vocab_size * rows[-1] + tokens[:, t] + 1)
@@ -326,8 +320,7 @@ def _check_sums_to_one(totals: Tensor, name: str) -> None:
     if not (error < TOLERANCE).all():  # written so that NaN fails too
         worst = totals.flatten()[error.argmax()].item()
         raise ValueError(
-            f"{name}: expected to sum to 1 within {TOLERANCE}, got {worst:.8g}; "
-            "is every outcome there, exactly once?"
+            f"{name}: expected to sum to 1 within {TOLERANCE}, got {worst:.8g}; is every outcome there, exactly once?"
         )
 
 

@@ -154,16 +154,12 @@ class GridWorld:
     def to_grid(self, values: Tensor) -> Tensor:
         """Values of the states on the map, for a picture: (S,) -> (rows, columns), NaN at walls."""
         if values.shape != self.start.shape:
-            raise ValueError(
-                f"values: expected shape ({self.num_states},), got {tuple(values.shape)}"
-            )
+            raise ValueError(f"values: expected shape ({self.num_states},), got {tuple(values.shape)}")
         grid = torch.full(self.walls.shape, torch.nan, dtype=torch.float64)
         grid[self.coordinates[:, 0], self.coordinates[:, 1]] = values.detach().double()
         return grid
 
-    def policy_evaluation(
-        self, policy: Tensor, *, horizon: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def policy_evaluation(self, policy: Tensor, *, horizon: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Exact values of a policy, by one linear solve or, with a horizon, backward induction.
 
         V = (I − γ P_π)⁻¹ r_π,   Q(s,a) = Σ_s' P(s'|s,a) [r(s,a,s') + γ V(s')],
@@ -264,9 +260,7 @@ class GridWorld:
         )
 
     @torch.no_grad()
-    def sample(
-        self, policy: Tensor, n: int, *, horizon: int, generator: torch.Generator | None = None
-    ) -> Trajectories:
+    def sample(self, policy: Tensor, n: int, *, horizon: int, generator: torch.Generator | None = None) -> Trajectories:
         """Walks n times from the start: a batch (n, T), each row until terminal or the horizon.
 
         Shapes: policy (S, A) or (T, S, A).
@@ -285,9 +279,7 @@ class GridWorld:
             state = after
         return self._trajectories(torch.stack(steps, dim=1))
 
-    def enumerate_trajectories(
-        self, horizon: int, *, max_trajectories: int = 1_000_000
-    ) -> Trajectories:
+    def enumerate_trajectories(self, horizon: int, *, max_trajectories: int = 1_000_000) -> Trajectories:
         """Every walk of at most `horizon` steps that the environment allows, each once.
 
         P(τ|π) is `trajectories.log_prob(log_policy).exp()`; it sums to 1 for any policy.
@@ -305,9 +297,7 @@ class GridWorld:
             matches = (state[:, None] == edges[:, 0]) & allowed
             if matches.sum() > max_trajectories:
                 count = matches.sum().item()
-                raise ValueError(
-                    f"horizon: expected at most {max_trajectories} trajectories, got over {count}"
-                )
+                raise ValueError(f"horizon: expected at most {max_trajectories} trajectories, got over {count}")
             row, edge = matches.nonzero(as_tuple=True)
             paths = torch.cat([paths[row], edges[edge].unsqueeze(1)], dim=1)
             state = edges[edge, 2]
@@ -364,14 +354,10 @@ class GridWorld:
             ends = ends | (step[:, ends].sum(dim=1) > 0)
         if not ends.all():
             stuck = (~ends).nonzero()[0].item()
-            raise ValueError(
-                f"policy: with gamma 1 expected every state to reach an end, state {stuck} does not"
-            )
+            raise ValueError(f"policy: with gamma 1 expected every state to reach an end, state {stuck} does not")
 
 
-def _transition(
-    cells: list[tuple[int, int]], terminal: Tensor, actions: tuple[str, ...], slip: float
-) -> Tensor:
+def _transition(cells: list[tuple[int, int]], terminal: Tensor, actions: tuple[str, ...], slip: float) -> Tensor:
     """P(s'|s,a), (S, A, S)."""
     index = {cell: s for s, cell in enumerate(cells)}
     transition = torch.zeros(len(cells), len(actions), len(cells), dtype=torch.float64)

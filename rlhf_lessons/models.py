@@ -50,14 +50,47 @@ def takes_position_ids(model_class: type) -> bool:
     return "position_ids" in inspect.signature(model_class.forward).parameters
 
 
+def takes_ready_masks(lm: nn.Module) -> bool:
+    """Whether a bool mask (B, 1, Q, K), True where query may see key, can stand for the mask of tokens.
+
+    So it is where PyTorch's own attention lets every layer see all that came before, and positions are given apart.
+    """
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    if getattr(lm.config, "_attn_implementation", None) != "sdpa" or not takes_position_ids(type(lm)):
+        return False
+    return all(type(layer) is StaticLayer for layer in StaticCache(config=lm.config, max_cache_len=1).layers)
+
+
+def ready_mask(attention_mask: Tensor, length: int | None = None) -> Tensor:
+    """Which of `length` keys (L without it) each query sees: real ones up to its own. (B, L) -> (B, 1, L, length).
+
+    A padded position sees itself, for a row that sees nothing would come out as NaN.
+    """
+    queries = torch.arange(attention_mask.shape[1], device=attention_mask.device)[:, None]
+    keys = torch.arange(length or len(queries), device=attention_mask.device)
+    real = nn.functional.pad(attention_mask.bool(), (0, len(keys) - len(queries)))[:, None, None]
+    return real & (keys <= queries) | (keys == queries)
+
+
+def mask_arguments(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Mask and positions for one pass over whole texts (B, L).
+
+    A model that makes the mask itself looks whether anything is padded; on a GPU the host would wait for that.
+    """
+    ready = attention_mask.device.type == "cuda" and takes_ready_masks(model)
+    mask = ready_mask(attention_mask) if ready else attention_mask
+    return {"attention_mask": mask} | position_arguments(model, attention_mask)
+
+
 def causal_lm_logits(lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, logits_to_keep: int = 0) -> Tensor:
     """Logits (B, K, V) of the last K = logits_to_keep positions, or of all (0), of a plain language model."""
     return lm(
         input_ids=input_ids,
-        attention_mask=attention_mask,
         logits_to_keep=logits_to_keep,
         use_cache=False,
-        **position_arguments(lm, attention_mask),
+        **mask_arguments(lm, attention_mask),
     ).logits
 
 
@@ -106,8 +139,7 @@ class CausalLMWithValueHead(nn.Module):
         return self._value(trunk(**self._inputs(input_ids, attention_mask)).last_hidden_state[:, -keep:])
 
     def _inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict:
-        positions = position_arguments(self.lm, attention_mask)
-        return dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+        return dict(input_ids=input_ids, use_cache=False) | mask_arguments(self.lm, attention_mask)
 
     def _value(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -179,9 +211,8 @@ class RewardModel(nn.Module):
         trunk = self.classifier.base_model
         hidden = trunk(
             input_ids=input_ids,
-            attention_mask=attention_mask,
             use_cache=False,
-            **position_arguments(trunk, attention_mask),
+            **mask_arguments(trunk, attention_mask),
         ).last_hidden_state
         # By the mask and not, as the classifier itself would, by the padding's id: a policy can sample that token too.
         steps = torch.arange(hidden.shape[1], device=hidden.device)

@@ -154,19 +154,13 @@ ANNOTATOR_TEMPERATURE = 0.55  # noise of the simulated annotators, in units of t
 
 def _by_word(classes):
     """{class: {value: words}} -> {word: value}."""
-    return {
-        word: value
-        for table in classes.values()
-        for value, words in table.items()
-        for word in words.split()
-    }
+    return {word: value for table in classes.values() for value, words in table.items() for word in words.split()}
 
 
 SENTIMENT = _by_word(SENTIMENT_CLASSES)
 MODIFIERS = _by_word(MODIFIER_CLASSES)
 WORD_CLASSES = {
-    name: " ".join(table.values()).split()
-    for name, table in {**SENTIMENT_CLASSES, **MODIFIER_CLASSES}.items()
+    name: " ".join(table.values()).split() for name, table in {**SENTIMENT_CLASSES, **MODIFIER_CLASSES}.items()
 } | {name: words.split() for name, words in PLAIN_CLASSES.items()}
 CONTENT_WORDS = {word for words in WORD_CLASSES.values() for word in words}
 
@@ -339,9 +333,7 @@ def gold_reward(prompts, responses):
 # --- Simulated annotators -----------------------------------------------------------------------
 
 
-def annotate_pairs(
-    prompts, responses_a, responses_b, generator, *, temperature=ANNOTATOR_TEMPERATURE
-):
+def annotate_pairs(prompts, responses_a, responses_b, generator, *, temperature=ANNOTATOR_TEMPERATURE):
     """Choose between two responses to each prompt: -> (B,) bool, True where a is chosen.
 
     P(a ≻ b) = σ((gold_a − gold_b) / temperature), a Bradley–Terry choice (Bradley & Terry 1952).
@@ -354,16 +346,12 @@ def annotate_pairs(
     return torch.rand(len(prompts), generator=generator) < torch.sigmoid(margin / temperature)
 
 
-def preference_pairs(
-    prompts, responses_a, responses_b, generator, *, temperature=ANNOTATOR_TEMPERATURE
-):
+def preference_pairs(prompts, responses_a, responses_b, generator, *, temperature=ANNOTATOR_TEMPERATURE):
     """Annotated pairs as a list of dicts with `prompt`, `chosen`, `rejected`."""
     choices = annotate_pairs(prompts, responses_a, responses_b, generator, temperature=temperature)
     return [
         {"prompt": prompt, "chosen": a if a_wins else b, "rejected": b if a_wins else a}
-        for prompt, a, b, a_wins in zip(
-            prompts, responses_a, responses_b, choices.tolist(), strict=True
-        )
+        for prompt, a, b, a_wins in zip(prompts, responses_a, responses_b, choices.tolist(), strict=True)
     ]
 
 
