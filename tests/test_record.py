@@ -1,0 +1,74 @@
+"""What is shipped and committed: the tiny world's models, the recorded runs, and the README's table of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_lessons import record
+from rlhf_lessons.models import ASSETS
+from rlhf_lessons.report import read_metrics, summary_table
+from rlhf_lessons.trainer import PPOConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "figures" / "runs"
+BETA = PPOConfig().kl_coef
+
+
+def summary(kl_coef, seed):
+    return json.loads((RUNS / record.run_name(kl_coef, seed) / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_shipped_models_behave_as_they_are_said_to():
+    measured = record.measure_assets(ASSETS)
+    assert measured["perplexity"] == pytest.approx(5.63, abs=record.TOLERANCES["perplexity"])
+    assert measured["accuracy"] == pytest.approx(0.722, abs=record.TOLERANCES["accuracy"])
+    assert measured["gold"] == pytest.approx(1.75, abs=record.TOLERANCES["gold"])
+
+
+@pytest.mark.parametrize("seed", record.SEEDS)
+def test_with_the_penalty_gold_rises_by_one_and_a_half_within_twelve_nats(seed):
+    run = summary(BETA, seed)
+    assert run["after"]["gold"] - run["before"]["gold"] >= 1.5
+    assert run["after"]["kl"] <= 12
+
+
+@pytest.mark.parametrize("seed", record.SEEDS)
+def test_without_it_the_proxy_is_above_and_gold_far_below(seed):
+    without, with_kl = summary(0.0, seed)["after"], summary(BETA, seed)["after"]
+    assert without["score"] > with_kl["score"]
+    assert without["gold"] <= with_kl["gold"] - 1.5
+
+
+def test_recorded_runs_were_made_with_the_settings_of_today():
+    for kl_coef in record.KL_COEFS:
+        for seed in record.SEEDS:
+            folder = RUNS / record.run_name(kl_coef, seed)
+            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["ppo"]
+            assert settings == {**settings, **vars(PPOConfig()), "kl_coef": kl_coef, "seed": seed}
+            assert len(read_metrics(folder)) == PPOConfig().num_iterations
+
+
+def test_the_readme_says_what_was_recorded():
+    rows = summary_table([RUNS / record.run_name(b, seed) for b in (BETA, 0.0) for seed in record.SEEDS]).splitlines()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("−", "-")
+    for row in rows[2:]:
+        assert row.split("|", 2)[2].strip() in readme, row
+
+
+def test_the_pictures_are_drawn_from_the_recorded_runs(tmp_path):
+    record.draw_figures(tmp_path, RUNS)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "figures").glob("*.png")}
+
+
+def test_finished_runs_are_left_as_they_are(tmp_path):
+    for name in ("summary.json", "metrics.jsonl"):
+        (tmp_path / "kl0.5-seed9").mkdir(exist_ok=True)
+        (tmp_path / "kl0.5-seed9" / name).write_text("kept")
+    record.record_runs(tmp_path, kl_coefs=(0.5,), seeds=(9,))
+    assert (tmp_path / "kl0.5-seed9" / "summary.json").read_text() == "kept"
+
+
+@pytest.mark.slow
+def test_rebuilt_models_behave_as_the_shipped_ones(tmp_path):
+    assert record.rebuild_assets(tmp_path)
