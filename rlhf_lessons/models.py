@@ -361,9 +361,8 @@ def new_causal_lm(tokenizer, *, layers: int, width: int, heads: int, context: in
 
     Initialised from `seed` without touching the global generator.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
+    return random_gpt2(
+        seed=seed,
         vocab_size=len(tokenizer),
         n_positions=context,
         n_embd=width,
@@ -373,13 +372,22 @@ def new_causal_lm(tokenizer, *, layers: int, width: int, heads: int, context: in
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         activation_function="gelu_pytorch_tanh",  # GPT-2's own activation, computed in one call instead of seven
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
     )
+
+
+def random_gpt2(*, seed: int, classifier: bool = False, **settings) -> nn.Module:
+    """A GPT-2 without dropout, weights drawn from `seed`: a language model, or a classifier with one label.
+
+    settings: fields of its configuration; the others are those of GPT-2's checkpoints.
+    """
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+    if classifier:
+        settings["num_labels"] = 1
+    config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(config)
+        return GPT2ForSequenceClassification(config) if classifier else GPT2LMHeadModel(config)
 
 
 def load_tokenizer(path: str | Path):

@@ -1,0 +1,271 @@
+"""The subjects: this package's code and its peers', each a function (channel, shape, work) that serves rounds."""
+
+import time
+
+import torch
+
+from rlhf_lessons.bench import workload
+from rlhf_lessons.bench.worker import Channel
+from rlhf_lessons.bench.workload import PAD, REPEATS_OF_GAE, Shape, Work
+
+NEVER = -1  # as the EOS id: no token has it, so no response ends early
+LEARNING_RATE = 1e-5
+
+# --- generalised advantage estimation -------------------------------------------------------------
+
+
+def episodes() -> dict[str, torch.Tensor]:
+    """64 rows of 64 steps, a tenth of them terminations."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(64, 64, generator=generator), torch.randn(64, 64, generator=generator)
+    return dict(rewards=rewards, values=values, terminated=torch.rand(64, 64, generator=generator) < 0.1)
+
+
+def repeat(channel: Channel, function) -> None:
+    channel.serve(lambda: [function() for _ in range(REPEATS_OF_GAE)] and None)
+
+
+def gae_ours(channel: Channel, shape: Shape | None, work: Work) -> None:
+    from rlhf_lessons.advantages import gae
+
+    data = episodes()
+    repeat(channel, lambda: gae(**data, gamma=0.99, lam=0.95))
+
+
+def gae_loop(channel: Channel, shape: Shape | None, work: Work) -> None:
+    from rlhf_lessons.advantages import gae_recursion
+
+    data = episodes()
+    repeat(channel, lambda: gae_recursion(**data, gamma=0.99, lam=0.95))
+
+
+def gae_torchrl(channel: Channel, shape: Shape | None, work: Work) -> None:
+    from torchrl.objectives.value.functional import vec_generalized_advantage_estimate as peer
+
+    data = {name: value[..., None] for name, value in episodes().items()}
+    values, end = data["values"], data["terminated"]
+    following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    repeat(channel, lambda: peer(0.99, 0.95, values, following, data["rewards"], end, end))
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def sampling_inputs(shape: Shape, work: Work):
+    """A model on the device, and prompts whose first tokens are padding in every third row."""
+    lm = workload.language_model(shape).to(work.device).eval()
+    ids = torch.randint(3, shape.vocabulary, (work.rows, work.prompt_tokens), device=work.device)
+    mask = torch.ones_like(ids)
+    mask[::3, : work.prompt_tokens // 4] = 0
+    return lm, ids, mask
+
+
+def autocast(work: Work):
+    return torch.autocast(work.device, torch.bfloat16, enabled=work.precision == "bf16")
+
+
+def sampling_ours(channel: Channel, shape: Shape, work: Work) -> None:
+    from rlhf_lessons.decoding import StaticSampler
+    from rlhf_lessons.models import with_fused_gelu
+    from rlhf_lessons.rollout import sample_responses
+
+    lm, ids, mask = sampling_inputs(shape, work)
+    sample, options = sample_responses, dict(max_new_tokens=work.new_tokens, eos_id=NEVER, pad_id=PAD)
+    if work.device == "cuda":
+        sample, options["generator"] = StaticSampler(), torch.Generator("cuda").manual_seed(0)
+    with_fused_gelu(lm)
+
+    def run() -> dict:
+        with autocast(work):
+            sample(lm, ids, mask.bool(), **options)
+        return replay_share(channel, sample, work) if work.device == "cuda" else {}
+
+    channel.serve(run)
+
+
+def replay_share(channel: Channel, sampler, work: Work) -> dict[str, float]:
+    """Seconds of one decode step when the captured graph is replayed and nothing else is done."""
+    (decoder,) = sampler.decoders.values()
+    channel.synchronize()
+    sampled = time.perf_counter() - channel.started
+    decoder.t.zero_()
+    channel.synchronize()
+    started = time.perf_counter()
+    for _ in range(work.new_tokens - 1):
+        decoder.graph.replay()
+    channel.synchronize()
+    replayed = (time.perf_counter() - started) / (work.new_tokens - 1)
+    return {"seconds": sampled, "step_seconds": sampled / work.new_tokens, "replay_seconds": replayed}
+
+
+def sampling_generate(channel: Channel, shape: Shape, work: Work, *, fused: bool = False) -> None:
+    from rlhf_lessons.models import with_fused_gelu
+
+    lm, ids, mask = sampling_inputs(shape, work)
+    if fused:
+        with_fused_gelu(lm)
+    options = dict(max_new_tokens=work.new_tokens, do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
+    options |= dict(pad_token_id=PAD, eos_token_id=[], return_dict_in_generate=True, output_scores=True)
+
+    @torch.no_grad()
+    def run() -> None:
+        with autocast(work):
+            output = lm.generate(ids, attention_mask=mask, **options)
+        assert len(output.scores) == work.new_tokens
+
+    channel.serve(run)
+
+
+def sampling_generate_fused(channel: Channel, shape: Shape, work: Work) -> None:
+    sampling_generate(channel, shape, work, fused=True)
+
+
+# --- one PPO iteration ----------------------------------------------------------------------------
+
+
+class Phases:
+    """Seconds and floating-point operations of an iteration's parts, by wrapping the calls that make them up."""
+
+    def __init__(self, channel: Channel, trainer) -> None:
+        self.channel, self.counter, self.measured = channel, None, {}
+        trainer.sample, trainer.update = self.wrap("sampling", trainer.sample), self.wrap("update", trainer.update)
+
+    def wrap(self, name: str, function):
+        def wrapped(*args, **options):
+            if name == "sampling":
+                options["eos_id"] = NEVER
+            self.channel.synchronize()
+            started, flops = time.perf_counter(), self.flops()
+            result = function(*args, **options)
+            self.channel.synchronize()
+            self.measured[name] = time.perf_counter() - started
+            self.measured[f"{name}_flops"] = self.flops() - flops
+            return result
+
+        return wrapped
+
+    def flops(self) -> int:
+        return self.counter.get_total_flops() if self.counter else 0
+
+
+def ppo_ours(channel: Channel, shape: Shape, work: Work, *, critic: str = "shared") -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from rlhf_lessons.models import CausalLMWithValueHead, RewardModel
+    from rlhf_lessons.trainer import PPOConfig, PPOTrainer
+
+    settings = PPOConfig(
+        num_iterations=1000, batch_size=work.rows, minibatch_size=work.rows // work.minibatches,
+        ppo_epochs=work.epochs, max_new_tokens=work.new_tokens, learning_rate=LEARNING_RATE, lr_schedule="constant",
+        device=work.device, precision=work.precision,
+    )  # fmt: skip
+    policy = CausalLMWithValueHead(workload.language_model(shape), critic=critic)
+    trainer = PPOTrainer(
+        settings, policy, workload.language_model(shape), RewardModel(workload.classifier(shape)),
+        workload.prompts(shape, work, 4 * work.rows), workload.tokenizer(shape),
+    )  # fmt: skip
+    phases, flops = Phases(channel, trainer), {}
+
+    def run() -> dict:
+        with FlopCounterMode(display=False) as phases.counter:  # the first round only: it is not one that counts
+            metrics = trainer.step()
+        total = phases.flops()
+        flops.update({name: n for name, n in phases.measured.items() if name.endswith("_flops")})
+        flops["scoring_flops"] = total - sum(flops.values())
+        return facts(metrics)
+
+    def facts(metrics: dict) -> dict:
+        seconds = {name: n for name, n in phases.measured.items() if not name.endswith("_flops")}
+        seconds["scoring"] = metrics["seconds_rollout"] - seconds["sampling"]
+        named = {name: metrics[name] for name in ("optimizer_steps", "response_length", "first_ratio_error")}
+        return named | seconds | flops
+
+    def later() -> dict:
+        phases.counter = None
+        return facts(trainer.step())
+
+    if channel.wait():
+        channel.report(**run())
+    channel.serve(later)
+
+
+def ppo_ours_separate(channel: Channel, shape: Shape, work: Work) -> None:
+    ppo_ours(channel, shape, work, critic="separate")
+
+
+def ppo_trl(channel: Channel, shape: Shape, work: Work) -> None:
+    import os
+    import tempfile
+
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    class Rounds(TrainerCallback):
+        """Ends the clock at each iteration's end and starts it again when asked."""
+
+        steps = 0
+
+        def on_train_begin(self, *args, **options):
+            channel.wait()
+
+        def on_step_end(self, *args, **options):
+            channel.report(optimizer_steps=self.steps, response_length=work.new_tokens)
+            self.steps = 0
+            if not channel.wait():
+                os._exit(0)  # the trainer cannot be told to stop
+
+    rows = work.rows * 64
+    tokenizer = workload.tokenizer(shape)
+    ids = [{"input_ids": tokenizer(text).input_ids} for text in workload.prompts(shape, work, 4 * work.rows)]
+    arguments = PPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=work.rows, gradient_accumulation_steps=1,
+        num_mini_batches=work.minibatches, num_ppo_epochs=work.epochs, total_episodes=rows,
+        local_rollout_forward_batch_size=work.rows, response_length=work.new_tokens, temperature=1.0,
+        learning_rate=LEARNING_RATE, gradient_checkpointing=False, bf16=work.precision == "bf16",
+        use_cpu=work.device == "cpu", num_sample_generations=0, report_to="none", save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    rounds = Rounds()
+    trainer = PPOTrainer(
+        args=arguments, processing_class=tokenizer, model=workload.language_model(shape),
+        ref_model=workload.language_model(shape), reward_model=workload.classifier(shape),
+        value_model=workload.classifier(shape), train_dataset=Dataset.from_list(ids), callbacks=[rounds],
+    )  # fmt: skip
+
+    def count(*_) -> None:
+        rounds.steps += 1
+
+    getattr(trainer.optimizer, "optimizer", trainer.optimizer).register_step_post_hook(count)
+    trainer.train()
+
+
+# --- the machine ----------------------------------------------------------------------------------
+
+
+def matmul(channel: Channel, shape: Shape | None, work: Work) -> None:
+    """The highest rate of a square matrix multiplication among a few sizes, in the work's precision."""
+    dtype = torch.bfloat16 if work.precision == "bf16" else torch.float32
+    sizes, repeats = ((4096, 8192), 20) if work.device == "cuda" else ((512, 1024), 5)
+
+    def rate(n: int) -> float:
+        a, b = (torch.randn(n, n, device=work.device, dtype=dtype) for _ in range(2))
+        a @ b
+        channel.synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        channel.synchronize()
+        return repeats * 2 * n**3 / (time.perf_counter() - started)
+
+    channel.serve(lambda: {"flops_per_second": max(rate(n) for n in sizes)})
+
+
+SUBJECTS = {
+    function.__name__: function
+    for function in (
+        gae_ours, gae_loop, gae_torchrl, sampling_ours, sampling_generate, sampling_generate_fused, ppo_ours,
+        ppo_ours_separate, ppo_trl, matmul,
+    )
+}  # fmt: skip

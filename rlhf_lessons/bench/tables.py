@@ -1,0 +1,130 @@
+"""Measurements as a Markdown document: ratios first, then where an iteration's time goes."""
+
+import statistics
+
+from rlhf_lessons.bench.workload import REPEATS_OF_GAE
+
+
+def median(rounds: list[dict] | None, name: str = "seconds") -> float | None:
+    """Over the rounds after the warm-up; None for a subject that did not run."""
+    values = [r[name] for r in (rounds or [])[1:] if name in r]
+    return statistics.median(values) if values else None
+
+
+def ratio(peer: float | None, ours: float | None) -> str:
+    """How many times the peer's figure is of ours."""
+    return "–" if peer is None or ours is None else f"{peer / ours:.2f}"
+
+
+def number(x: float | None, scale: float = 1.0, digits: int = 2) -> str:
+    return "–" if x is None else f"{x * scale:.{digits}f}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows] + [""]
+
+
+def markdown(measured: dict) -> str:
+    """The whole document."""
+    machine, work = measured["machine"], measured["work"]
+    peak = median(measured["matmul"]["matmul"], "flops_per_second")
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} thread(s)"
+    lines = [
+        "# Speed and memory", "",
+        f"`{machine['command']}` on {where}; load {number(machine['load'])} at the start; Python {machine['python']}, "
+        f"torch {machine['torch']}, transformers {machine['transformers']}. Medians of {measured['rounds']} "
+        "interleaved rounds after a warm-up, each subject in its own process. A ratio is the peer's time over this "
+        "package's; the one in CPU seconds is less disturbed by other work on the machine. Matrix multiplication "
+        f"reaches {number(peak, 1e-9, 0)} GFLOP/s here.", "",
+        f"An iteration: {work['rows']} prompts × ({work['prompt_tokens']} + {work['new_tokens']}) tokens, "
+        f"{work['epochs']} epochs of {work['minibatches']} minibatches, precision {work['precision']}; no response "
+        "ends early.", "",
+    ]  # fmt: skip
+    lines += startup_rows(measured) + gae_rows(measured) + sampling_rows(measured) + ppo_rows(measured, peak)
+    return "\n".join(lines)
+
+
+def startup_rows(measured: dict) -> list[str]:
+    if "startup" not in measured:
+        return []
+    base = median(measured["startup"]["import torch"])
+    rows = [[f"`{k}`", number(median(v)), number(median(v) / base)] for k, v in measured["startup"].items()]
+    return ["## Start-up", ""] + table(["", "seconds", "times `import torch`"], rows)
+
+
+def gae_rows(measured: dict) -> list[str]:
+    if "gae" not in measured:
+        return []
+    found = measured["gae"]
+    labels = {"gae_ours": "`gae`", "gae_loop": "the plain loop", "gae_torchrl": "torchrl, vectorised"}
+    rows = [
+        [label, number(median(found[name]), 1e6 / REPEATS_OF_GAE, 0), *ratios(found[name], found["gae_ours"])]
+        for name, label in labels.items()
+    ]
+    return ["## GAE, 64 × 64 with terminations", ""] + table(["", "µs a call", "ratio", "ratio in CPU seconds"], rows)
+
+
+def ratios(peer: list[dict], ours: list[dict]) -> list[str]:
+    """In wall-clock time and in CPU seconds."""
+    return [ratio(median(peer, name), median(ours, name)) for name in ("seconds", "cpu_seconds")]
+
+
+def sampling_rows(measured: dict) -> list[str]:
+    if "sampling" not in measured:
+        return []
+    rows = []
+    for shape, found in measured["sampling"].items():
+        ours = found["sampling_ours"]
+        for name, label in (
+            ("sampling_ours", "`sample_responses`"),
+            ("sampling_generate", "`generate` with scores"),
+            ("sampling_generate_fused", "the same, activation fused"),
+        ):
+            tokens = measured["work"]["rows"] * measured["work"]["new_tokens"]
+            seconds = median(found[name])
+            rows.append([shape, label, number(seconds and tokens / seconds, digits=0), *ratios(found[name], ours)])
+        if median(ours, "replay_seconds"):
+            share = median(ours, "step_seconds") / median(ours, "replay_seconds")
+            rows.append([shape, "decode step / replay of its graph", number(share), "", ""])
+    note = "The activation of a GPT-2 checkpoint is computed in seven calls; the trainer computes it in one."
+    return ["## Sampling", "", note, ""] + table(
+        ["parameters", "", "tokens/s", "ratio", "ratio in CPU seconds"], rows
+    )  # fmt: skip
+
+
+def ppo_rows(measured: dict, peak: float | None) -> list[str]:
+    if "ppo" not in measured:
+        return []
+    work = measured["work"]
+    tokens = work["rows"] * work["new_tokens"]
+    labels = {"ppo_trl": "TRL 1.12", "ppo_ours_separate": "separate critic", "ppo_ours": "shared trunk"}
+    rows, phases = [], []
+    for shape, found in measured["ppo"].items():
+        trl = found["ppo_trl"]
+        for name, label in labels.items():
+            rounds = found[name]
+            seconds, memory = median(rounds), last(rounds, "peak_mb")
+            rows.append(
+                [shape, label, number(seconds), number(seconds and tokens / seconds, digits=0), *ratios(trl, rounds),
+                 number(memory, digits=0), ratio(memory, last(trl, "peak_mb")),
+                 number(last(rounds, "optimizer_steps"), digits=0)]
+            )  # fmt: skip
+            if name != "ppo_trl":
+                phases += [[shape, label, *phase(rounds, part, peak)] for part in ("sampling", "scoring", "update")]
+    header = ["parameters", "", "s", "tokens/s", "ratio", "ratio in CPU seconds", "peak MB", "of TRL's", "steps"]
+    lines = ["## One PPO iteration", ""] + table(header, rows)
+    header = ["parameters", "", "phase", "s", "GFLOP", "of the matrix-multiply peak"]
+    return lines + ["## Where it goes", ""] + table(header, phases)
+
+
+def last(rounds: list[dict], name: str) -> float | None:
+    return rounds[-1].get(name)
+
+
+def phase(rounds: list[dict], name: str, peak: float | None) -> list[str]:
+    """Its name, seconds, GFLOP counted in the warm-up, and what share of the peak that is."""
+    seconds, flops = median(rounds, name), last(rounds, f"{name}_flops")
+    share = flops and seconds and peak and flops / seconds / peak
+    return [name, number(seconds, digits=3), number(flops, 1e-9, 1), number(share and 100 * share, digits=0) + " %"]

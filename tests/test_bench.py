@@ -1,0 +1,232 @@
+"""The measurements: that equal work is measured, that the figures are the ones they are called, and the table."""
+
+import json
+from argparse import Namespace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from rlhf_lessons import bench
+from rlhf_lessons.bench import subjects, tables, workload
+from rlhf_lessons.bench.workload import SHAPES, Shape, Work
+
+TINY = Shape(layers=2, width=32, heads=2, vocabulary=40, context=32)
+WORK = Work(rows=8, prompt_tokens=4, new_tokens=6, epochs=2, minibatches=4)
+
+
+class Asked:
+    """A channel in this process that asks a number of times and keeps the answers."""
+
+    device, started = "cpu", 0.0
+
+    def __init__(self, times):
+        self.left, self.answers = times, []
+
+    def wait(self):
+        self.left -= 1
+        return self.left >= 0
+
+    def report(self, **measured):
+        self.answers.append(measured)
+
+    def synchronize(self):
+        pass
+
+    def serve(self, run):
+        while self.wait():
+            self.report(**(run() or {}))
+
+
+@pytest.mark.parametrize(("name", "millions"), [("0.87 M", 0.875), ("7.6 M", 7.60), ("82 M", 81.9), ("124 M", 124.4)])
+def test_shapes_have_the_parameters_that_they_are_named_after(name, millions):
+    with torch.device("meta"):
+        lm = workload.language_model(SHAPES[name])
+    assert sum(p.numel() for p in lm.parameters()) / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+def test_prompts_have_their_number_of_tokens_and_models_their_weights_again():
+    tokenizer = workload.tokenizer(TINY)
+    texts = workload.prompts(TINY, WORK, 20)
+    assert {len(tokenizer(text).input_ids) for text in texts} == {WORK.prompt_tokens} and len(set(texts)) > 15
+    a, b = (workload.language_model(TINY).state_dict() for _ in range(2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_an_iteration_takes_the_stated_steps_over_full_responses(critic):
+    channel = Asked(2)
+    subjects.ppo_ours(channel, TINY, WORK, critic=critic)
+    assert len(channel.answers) == 2
+    for answer in channel.answers:
+        assert answer["optimizer_steps"] == WORK.optimizer_steps == 8
+        assert answer["response_length"] == WORK.new_tokens
+        assert answer["first_ratio_error"] < 1e-5
+        assert min(answer[name] for name in ("sampling", "scoring", "update")) > 0
+
+
+def test_counted_operations_are_those_of_the_layers():
+    """The update against the count by hand: 2 a multiplication forward, 4 backward; the head on responses alone."""
+    channel = Asked(1)
+    subjects.ppo_ours(channel, TINY, WORK)
+    counted = channel.answers[0]
+    length = WORK.prompt_tokens + WORK.new_tokens - 1
+    block = 12 * TINY.width**2  # qkv 3, projection 1, the two of the MLP 8
+    trunk = WORK.epochs * WORK.rows * length * TINY.layers * block
+    head = WORK.epochs * WORK.rows * WORK.new_tokens * TINY.width * (TINY.vocabulary + 1)
+    assert counted["update_flops"] == pytest.approx(6 * (trunk + head), rel=0.1)
+    # Scoring is three trunks (values, reference, reward model) and the reference's head on the responses.
+    one = WORK.rows * length * TINY.layers * block
+    vocabulary = WORK.rows * WORK.new_tokens * TINY.width * TINY.vocabulary
+    assert counted["scoring_flops"] == pytest.approx(2 * (3 * one + vocabulary), rel=0.1)
+    sampled = WORK.rows * length * TINY.layers * block + vocabulary
+    assert counted["sampling_flops"] == pytest.approx(2 * sampled, rel=0.1)
+
+
+def test_gae_and_its_peers_compute_the_same(monkeypatch):
+    made = {}
+    monkeypatch.setattr(subjects, "repeat", lambda channel, function: made.update({channel: function()}))
+    names = ["gae_ours", "gae_loop"] + ["gae_torchrl"] * (find_spec("torchrl") is not None)
+    for name in names:
+        subjects.SUBJECTS[name](name, None, WORK)
+    for name in names[1:]:
+        for mine, other in zip(made["gae_ours"], made[name], strict=True):
+            torch.testing.assert_close(mine, other.reshape(mine.shape), atol=1e-4, rtol=1e-4)
+
+
+def test_both_samplers_run_to_the_end():
+    for name in ("sampling_ours", "sampling_generate", "sampling_generate_fused"):
+        channel = Asked(1)
+        subjects.SUBJECTS[name](channel, TINY, WORK)
+        assert len(channel.answers) == 1
+
+
+def test_workers_take_turns_and_what_is_missing_says_so(monkeypatch):
+    turns = []
+
+    class Worker:
+        def __init__(self, name, shape, work):
+            self.name = name
+
+        def run(self):
+            turns.append(self.name)
+            return {"missing": "No module named 'peer'"} if self.name == "peer" else {"seconds": float(len(turns))}
+
+        def stop(self):
+            turns.append(f"{self.name} stopped")
+
+    monkeypatch.setattr(bench, "Worker", Worker)
+    results = bench.interleave(("ours", "peer", "other"), None, {}, 2)
+    assert turns == ["ours", "peer", "other"] + ["ours", "other"] * 2 + [
+        "ours stopped",
+        "peer stopped",
+        "other stopped",
+    ]
+    assert [len(results[name]) for name in ("ours", "peer", "other")] == [3, 1, 3]
+    assert tables.median(results["peer"]) is None and tables.median(results["ours"]) == 5.0
+
+
+def test_the_warm_up_does_not_count():
+    rounds = [{"seconds": 100.0}, {"seconds": 1.0}, {"seconds": 5.0}, {"seconds": 2.0}]
+    assert tables.median(rounds) == 2.0 and tables.ratio(3.0, 2.0) == "1.50" and tables.ratio(None, 2.0) == "–"
+
+
+def test_a_worker_process_measures_and_ends():
+    worker = bench.Worker("gae_ours", None, {})
+    first, second = worker.run(), worker.run()
+    worker.stop()
+    assert worker.process.returncode == 0
+    for measured in (first, second):
+        assert measured["seconds"] > 0 and measured["cpu_seconds"] > 0 and measured["peak_mb"] > 50
+
+
+def test_a_failing_worker_is_named():
+    worker = bench.Worker("no_such_subject", None, {})
+    with pytest.raises(ValueError, match="the measurement no_such_subject failed"):
+        worker.run()
+    worker.stop()
+
+
+def fake_measurements():
+    def rounds(seconds, **more):
+        return [{"seconds": 99.0} | more] + [{"seconds": seconds, "cpu_seconds": seconds / 2} | more] * 3
+
+    ours = dict(
+        peak_mb=400.0, optimizer_steps=16, sampling=0.1, scoring=0.2, update=0.7, sampling_flops=1e9,
+        scoring_flops=2e9, update_flops=21e9,
+    )  # fmt: skip
+    return {
+        "machine": dict(command="c", processor="p", threads=1, python="3", torch="2", transformers="5", load=0.1),
+        "work": vars(Work()) | {},
+        "rounds": 3,
+        "matmul": {"matmul": rounds(1.0, flops_per_second=60e9)},
+        "startup": {"import torch": rounds(2.0), "--help": rounds(2.2)},
+        "gae": {"gae_ours": rounds(0.1), "gae_loop": rounds(0.5), "gae_torchrl": [{"missing": "torchrl"}]},
+        "sampling": {
+            "7.6 M": dict(
+                sampling_ours=rounds(1.0), sampling_generate=rounds(1.5), sampling_generate_fused=rounds(1.2)
+            )
+        },
+        "ppo": {
+            "7.6 M": dict(
+                ppo_ours=rounds(1.0, **ours), ppo_ours_separate=rounds(2.0, **ours),
+                ppo_trl=rounds(3.0, peak_mb=800.0, optimizer_steps=16),
+            )
+        },
+    }  # fmt: skip
+
+
+def test_the_table_holds_the_ratios():
+    text = tables.markdown(fake_measurements())
+    for row in (
+        "| `--help` | 2.20 | 1.10 |",
+        "| the plain loop | 2500 | 5.00 | 5.00 |",
+        "| torchrl, vectorised | – | – | – |",
+        "| 7.6 M | `generate` with scores | 1024 | 1.50 | 1.50 |",
+        "| 7.6 M | TRL 1.12 | 3.00 | 512 | 1.00 | 1.00 | 800 | 1.00 | 16 |",
+        "| 7.6 M | shared trunk | 1.00 | 1536 | 3.00 | 3.00 | 400 | 0.50 | 16 |",
+        "| 7.6 M | shared trunk | update | 0.700 | 21.0 | 50 % |",
+    ):
+        assert row in text.splitlines(), row
+
+
+def test_the_command_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure", lambda parts, rounds, gpu: fake_measurements())
+    bench.main(Namespace(out=tmp_path / "new", rounds=3, parts=None, gpu=False))
+    assert json.loads((tmp_path / "new" / "bench.json").read_text())["rounds"] == 3
+    assert (tmp_path / "new" / "bench.md").read_text() in capsys.readouterr().out
+
+
+def test_parts_not_measured_anew_are_kept_if_nothing_else_changed(tmp_path):
+    earlier, now = fake_measurements(), fake_measurements()
+    (tmp_path / "bench.json").write_text(json.dumps(earlier))
+    now["machine"] |= {"load": 5.0, "command": "another"}
+    assert set(bench.kept_parts(tmp_path / "bench.json", now)) == set(bench.PARTS)
+    assert bench.kept_parts(tmp_path / "none.json", now) == {}
+    now["machine"]["torch"] = "3"
+    assert bench.kept_parts(tmp_path / "bench.json", now) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(rounds=2), "--rounds must be at least 3; got 2"),
+        (dict(parts=["gea"]), "--parts must be out of .*; got gea"),
+        pytest.param(
+            dict(gpu=True),
+            "--gpu needs a CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        bench.main(Namespace(**(dict(out=None, rounds=3, parts=None, gpu=False) | change)))
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
+def test_trl_takes_as_many_optimiser_steps():
+    worker = bench.Worker("ppo_trl", "0.87 M", vars(WORK) | {})
+    answers = [worker.run() for _ in range(2)]
+    worker.stop()
+    assert [answer["optimizer_steps"] for answer in answers] == [WORK.optimizer_steps] * 2
