@@ -65,25 +65,40 @@ def working_copy(folder: Path) -> Path:
     return folder
 
 
+def first_failure(copy: Path, tests: tuple[str, ...]) -> str | None:
+    """Run these tests in a copy. Returns the first that fails, or None."""
+    paths = [f"tests/{name}" for name in tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *paths]
+    try:
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return "time limit"
+    if done.returncode == 0:
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split(" - ")[0].split(" ", 1)[1] if failed else f"exit code {done.returncode}"
+
+
 def notice(mistake: Mistake, copies: Queue) -> str | None:
     """Run the tests on a copy with the mistake in it. Returns the test that noticed, or None when none did."""
     copy = copies.get()
     target = copy / "rlhf_lessons" / mistake.module
     sound = target.read_text(encoding="utf-8")
     target.write_text(sound.replace(mistake.original, mistake.replacement), encoding="utf-8")
-    tests = [f"tests/{name}" for name in mistake.tests]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
     try:
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return "time limit"
+        return first_failure(copy, mistake.tests)
     finally:
         target.write_text(sound, encoding="utf-8")
         copies.put(copy)
-    if done.returncode == 0:
-        return None
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0].split(" - ")[0].split(" ", 1)[1] if failed else f"exit code {done.returncode}"
+
+
+def check_sound(tests: list[str], copies: Queue) -> str | None:
+    """Tests that fail without a mistake would notice anything: the first such failure, or None."""
+    copy = copies.get()
+    try:
+        return first_failure(copy, tuple(tests))
+    finally:
+        copies.put(copy)
 
 
 def report(outcomes: list[tuple[Mistake, str | None]]) -> str:
@@ -122,6 +137,10 @@ def main() -> int:
         copies: Queue = Queue()
         for number in range(arguments.workers):
             copies.put(working_copy(Path(scratch) / str(number)))
+        unsound = check_sound(sorted({test for mistake in chosen for test in mistake.tests}), copies)
+        if unsound:
+            print(f"fails without any mistake: {unsound}", file=sys.stderr)
+            return 2
         for mistake, test in zip(chosen, pool.map(lambda m: notice(m, copies), chosen), strict=True):
             outcomes.append((mistake, test))
             print(f"{'noticed ' if test else 'SURVIVES'}  {mistake.module}: {mistake.original!r} -> "

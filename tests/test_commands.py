@@ -20,7 +20,11 @@ import pytest
 import torch
 
 from rlhf_lessons import __main__ as commands
+from rlhf_lessons.parser import EXAMPLES
 from rlhf_lessons.report import read_metrics
+from rlhf_lessons.trainer import PPOConfig
+
+BETA = PPOConfig().kl_coef
 
 FAST = "--num-iterations 2 --batch-size 8 --minibatch-size 8 --ppo-epochs 1 --max-new-tokens 4 --device cpu".split()
 SMALL = "--layers 1 --width 16 --heads 2 --context 32 --lm-epochs 1 --vocab-size 300".split()
@@ -342,7 +346,7 @@ def test_ctrl_c_in_mid_run(run, world, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "metrics.jsonl"]
     assert json.loads((out / "config.json").read_text())["ppo"]["num_iterations"] == 100_000
     code, table, _ = run("summary", out)
-    assert code == 0 and f"| out | 0.05 | 0 | stopped after {len(rows)} of 100000 iterations |" in table
+    assert code == 0 and f"| out | {BETA:g} | 0 | stopped after {len(rows)} of 100000 iterations |" in table
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what a process has loaded from /proc")
@@ -404,7 +408,7 @@ def test_a_command_s_help_explains_each_option_and_gives_examples(name, run):
 
 def test_the_examples_are_commands():
     parser = commands.build_parser()
-    lines = [line for text in commands.EXAMPLES.values() for line in text.splitlines()]
+    lines = [line for text in EXAMPLES.values() for line in text.splitlines()]
     examples = [re.split(r"\s{3,}", line.strip())[0] for line in lines if "python -m" in line]
     assert len(examples) >= 10
     for example in examples:
@@ -484,7 +488,7 @@ def test_stage_by_stage_on_own_data(run, world, tmp_path):
     assert ids.shape[1] > 1
     assert all(json.loads((folder / "config.json").read_text())["made_by"]["torch"] for folder in (a, b, c))
     code, table, _ = run("summary", c)
-    assert code == 0 and table.splitlines()[2].startswith("| c | 0.05 | 0 | ")
+    assert code == 0 and table.splitlines()[2].startswith(f"| c | {BETA:g} | 0 | ")
     code, shown, _ = run(
         "sample", *models, "--policy", c / "policy", "--prompt", "film", "--count", 2, "--max-new-tokens", 4
     )

@@ -389,7 +389,7 @@ def test_metrics_are_plain_floats_that_describe_the_batch(make_trainer):
     assert metrics["score"] == pytest.approx(sum(words) / len(words) - penalties, rel=1e-5)
     assert metrics["response_length"] == pytest.approx(real.sum().item() / len(batch))
     assert metrics["ended"] == pytest.approx(batch.ended.float().mean().item())
-    assert metrics["reward"] == pytest.approx(metrics["score"] - 0.05 * metrics["kl"], rel=1e-4)
+    assert metrics["reward"] == pytest.approx(metrics["score"] - trainer.config.kl_coef * metrics["kl"], rel=1e-4)
     returns, values = batch.returns[real].double(), batch.values[real].double()
     unexplained = (returns - values).var(correction=0) / returns.var(correction=0)
     assert metrics["explained_variance"] == pytest.approx(1 - unexplained.item(), rel=1e-4)
