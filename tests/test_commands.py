@@ -322,6 +322,8 @@ def test_a_full_disk(size, failing, kept, run, tmp_path):
 
 def start(*arguments, **options):
     command = [sys.executable, "-m", "rlhf_lessons", *map(str, arguments)]
+    # What starts the tests may ignore SIGINT, a shell's background job for one, and a child inherits that.
+    options |= {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 

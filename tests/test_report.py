@@ -174,9 +174,11 @@ def test_progress_on_a_terminal_is_one_bar_with_time_left(monkeypatch):
         terminal.flush()
         text = os.read(ours, 100_000).decode()
     os.close(ours)
-    assert "PPO:" in text and re.search(r"10/20 \[\d+:\d+<\d+:\d+", text)  # time gone < time left
-    assert "reward 2.50  KL 2.00" in text and "20/20" in text
-    assert text.count("\r") > 15 and text.strip("\r\n").count("\n") == 0
+    # A bar leaves out frames where the machine is slow; those that it draws must be whole.
+    frames = re.findall(r"(\d+)/20 \[\d+:\d+<\d+:\d+,[^]]*?reward (\d\.\d\d)  KL 2\.00\]", text)
+    assert "PPO:" in text and len(frames) >= 5 and frames[-1] == ("20", "5.00")
+    assert all(float(reward) == 0.25 * int(done) for done, reward in frames)
+    assert text.count("\r") >= len(frames) and text.strip("\r\n").count("\n") == 0
 
 
 def test_a_fit_s_progress_learns_its_length_from_the_first_step(capsys):
