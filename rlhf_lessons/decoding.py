@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf_lessons.masking import position_ids
 from rlhf_lessons.models import ready_mask, takes_ready_masks
 from rlhf_lessons.policy_gradient import action_log_probs, full_precision
-from rlhf_lessons.rollout import Responses, sample_responses, sample_tokens
+from rlhf_lessons.rollout import Responses, at_temperature, sample_responses, sample_tokens
 
 PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that few shapes need a graph of their own
 WARM_UP_STEPS = 2  # run before capture: libraries allocate their workspaces in their first calls
@@ -119,7 +119,7 @@ class StaticDecoder:
             input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
             use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-        return full_precision(output.logits[:, -1]) / self.temperature
+        return at_temperature(output.logits[:, -1], self.temperature)
 
     def draw(self, logits: Tensor) -> None:
         """Sample a token in every row, record it where the row goes on, and make it visible to the next step."""

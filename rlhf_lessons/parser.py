@@ -180,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench = add_command(commands, "bench", "speed and memory, against peers where they are installed", ppo=False)
     bench.add_argument("--out", type=Path, metavar="FOLDER", help="where bench.json and bench.md go (default: figures)")
     bench.add_argument("--parts", nargs="+", metavar="PART", help="startup, gae, sampling, ppo (default: all)")
-    bench.add_argument("--rounds", type=int, default=3, metavar="N", help="after a warm-up, at least 3 (default: 3)")
+    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="after a warm-up, at least 3 (default: 5)")
     bench.add_argument("--gpu", action="store_true", help="the GPU's measurements, into figures/gpu")
     table = add_command(commands, "summary", "runs as a Markdown table, a row each", ppo=False)
     table.usage = f"{table.prog} FOLDER [FOLDER ...]"

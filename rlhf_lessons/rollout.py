@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rlhf_lessons.advantages import gae
 from rlhf_lessons.kl import sampled_kl, shaped_rewards
-from rlhf_lessons.masking import masked_whiten
-from rlhf_lessons.models import causal_lm_logits, new_kv_cache, position_arguments, takes_ready_masks
+from rlhf_lessons.masking import masked_whiten, position_ids
+from rlhf_lessons.models import causal_lm_logits, new_kv_cache, takes_position_ids, takes_ready_masks
 from rlhf_lessons.policy_gradient import action_log_probs, full_precision
 
 
@@ -66,6 +66,12 @@ class Responses:
     ended: Tensor  # (B,)
 
 
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """The logits that are sampled from, and so the ones to score by: in float32 at least, over the temperature."""
+    logits = full_precision(logits)
+    return logits if temperature == 1 else logits / temperature  # over a whole vocabulary a copy is worth sparing
+
+
 def sample_tokens(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One token per row from softmax(logits), by inverting the cumulative distribution. (B, V) -> (B,) long.
 
@@ -100,38 +106,41 @@ def sample_responses(
     """
     if attention_mask.device.type == "cpu" and not attention_mask[:, -1].all():
         raise ValueError("attention_mask must end in a real token in every row: pad prompts on the left")
-    batch = input_ids.shape[0]
+    batch, prompt_length = input_ids.shape
     tokens = input_ids.new_full((batch, max_new_tokens), pad_id)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     log_probs = torch.zeros_like(tokens, dtype=full_precision(torch.empty(0, dtype=lm.dtype)).dtype)
     ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)
     rows = torch.arange(batch, device=tokens.device)  # the row of `tokens` that each row of the cache belongs to
-    seen, step_ids = attention_mask.bool(), input_ids
-    cache, ready_masks = new_kv_cache(lm, input_ids.shape[1] + max_new_tokens), takes_ready_masks(lm)
+    visible = F.pad(attention_mask.bool(), (0, max_new_tokens), value=True)
+    positions = position_ids(visible)
+    cache, ready_masks = new_kv_cache(lm, visible.shape[1]), takes_ready_masks(lm)
+    step_ids, read = input_ids, slice(0, prompt_length)
     for t in range(max_new_tokens):
-        positions = position_arguments(lm, seen, new_tokens=step_ids.shape[1])
+        seen = visible[:, : read.stop]
+        where = {"position_ids": positions[:, read]} if takes_position_ids(type(lm)) else {}
         output = lm(
             input_ids=step_ids,
             attention_mask=seen[:, None, None] if ready_masks and t > 0 else seen,  # spares the model making one
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            **positions,
+            **where,
         )
-        logits = full_precision(output.logits[:, -1]) / temperature
+        logits = at_temperature(output.logits[:, -1], temperature)
         chosen = sample_tokens(logits, generator)
         tokens[rows, t] = chosen
         mask[rows, t] = True
         log_probs[rows, t] = action_log_probs(logits, chosen)
         done = chosen == eos_id
         ended[rows] = done
-        step_ids, seen = chosen[:, None], F.pad(seen, (0, 1), value=True)
+        step_ids, read = chosen[:, None], slice(prompt_length + t, prompt_length + t + 1)
         if done.any():
             keep = (~done).nonzero().squeeze(-1)
             if len(keep) == 0:
                 break
             cache.batch_select_indices(keep)
-            rows, step_ids, seen = rows[keep], step_ids[keep], seen[keep]
+            rows, step_ids, visible, positions = rows[keep], step_ids[keep], visible[keep], positions[keep]
     length = t + 1
     return Responses(tokens[:, :length], mask[:, :length], log_probs[:, :length], ended)
 
@@ -145,7 +154,7 @@ def policy_outputs(
     outputs at positions P−1 … P+T−2.
     """
     logits, values = policy(tokens[:, :-1], attention_mask[:, :-1], logits_to_keep=length)
-    return full_precision(logits) / temperature, values
+    return at_temperature(logits, temperature), values
 
 
 def reference_logits(
@@ -153,7 +162,7 @@ def reference_logits(
 ) -> Tensor:
     """The same of a plain language model: logits at the sampling temperature (B, T, V)."""
     logits = causal_lm_logits(reference, tokens[:, :-1], attention_mask[:, :-1], logits_to_keep=length)
-    return full_precision(logits) / temperature
+    return at_temperature(logits, temperature)
 
 
 def state_values(policy: nn.Module, tokens: Tensor, attention_mask: Tensor, *, length: int) -> Tensor:
@@ -184,11 +193,11 @@ def score_rollout(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass of each of the other three models: values (B, T), reference log-probabilities (B, T), scores (B,).
 
-    In chunks of `config.micro_batch_size` rows, which bound the memory that logits take.
+    In chunks, which bound the memory that logits take: twice the rows of a training step, which keeps them all.
     """
     options = dict(length=responses.tokens.shape[1], temperature=config.temperature)
     values, ref_log_probs, scores = [], [], []
-    for rows in torch.arange(len(tokens), device=tokens.device).split(config.micro_batch_size):
+    for rows in torch.arange(len(tokens), device=tokens.device).split(2 * config.micro_batch_size):
         chunk = tokens[rows], attention_mask[rows]
         values.append(state_values(policy, *chunk, length=options["length"]))
         ref_log_probs.append(action_log_probs(reference_logits(reference, *chunk, **options), responses.tokens[rows]))

@@ -19,7 +19,7 @@ from rlhf_lessons.fitting import fit_language_model, fit_reward_model, make_acce
 from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
 from rlhf_lessons.masking import masked_mean
-from rlhf_lessons.models import check_tokenizer, with_fused_gelu, without_dropout
+from rlhf_lessons.models import check_tokenizer, with_fast_gelu, without_dropout
 from rlhf_lessons.policy_gradient import action_log_probs, entropy
 from rlhf_lessons.ppo import clip_fraction, clipped_policy_loss, clipped_value_loss, explained_variance, ppo_loss
 from rlhf_lessons.rollout import RolloutBatch, collect_rollout, policy_outputs, sample_responses
@@ -169,7 +169,7 @@ class PPOTrainer:
         )
         for model in (policy, reference, score_fn):
             if isinstance(model, nn.Module):
-                with_fused_gelu(model)
+                with_fast_gelu(model)
         self.model, self.optimizer = self.accelerator.prepare(without_dropout(policy).train(), optimizer)
         self.policy = self.accelerator.unwrap_model(self.model)
         self.kl_controller = (
@@ -295,7 +295,8 @@ class PPOTrainer:
                 self.accelerator.backward(loss * share * self.accelerator.num_processes)
             for name, value in parts.items():
                 report[name] = report.get(name, 0) + value * share
-        report = {name: self.accelerator.reduce(value, "sum") for name, value in report.items()}
+        values = self.accelerator.reduce(torch.stack(list(report.values())), "sum")
+        report = dict(zip(report, values, strict=True))
         if self.config.target_kl is None or report["approx_kl"] <= 1.5 * self.config.target_kl:
             report["grad_norm"] = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             self.optimizer.step()

@@ -1,6 +1,7 @@
 """The measurements: that equal work is measured, that the figures are the ones they are called, and the table."""
 
 import json
+import time
 from argparse import Namespace
 from importlib.util import find_spec
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_lessons import bench
-from rlhf_lessons.bench import subjects, tables, workload
+from rlhf_lessons.bench import subjects, tables, worker, workload
 from rlhf_lessons.bench.workload import SHAPES, Shape, Work
 
 TINY = Shape(layers=2, width=32, heads=2, vocabulary=40, context=32)
@@ -30,8 +31,8 @@ class Asked:
     def report(self, **measured):
         self.answers.append(measured)
 
-    def synchronize(self):
-        pass
+    def clock(self):
+        return time.perf_counter()
 
     def serve(self, run):
         while self.wait():
@@ -68,34 +69,38 @@ def test_an_iteration_takes_the_stated_steps_over_full_responses(critic):
 def test_counted_operations_are_those_of_the_layers():
     """The update against the count by hand: 2 a multiplication forward, 4 backward; the head on responses alone."""
     channel = Asked(1)
-    subjects.ppo_ours(channel, TINY, WORK)
+    subjects.ppo_flops(channel, TINY, WORK)
     counted = channel.answers[0]
     length = WORK.prompt_tokens + WORK.new_tokens - 1
     block = 12 * TINY.width**2  # qkv 3, projection 1, the two of the MLP 8
     trunk = WORK.epochs * WORK.rows * length * TINY.layers * block
     head = WORK.epochs * WORK.rows * WORK.new_tokens * TINY.width * (TINY.vocabulary + 1)
-    assert counted["update_flops"] == pytest.approx(6 * (trunk + head), rel=0.1)
+    assert counted["update"] == pytest.approx(6 * (trunk + head), rel=0.1)
     # Scoring is three trunks (values, reference, reward model) and the reference's head on the responses.
     one = WORK.rows * length * TINY.layers * block
     vocabulary = WORK.rows * WORK.new_tokens * TINY.width * TINY.vocabulary
-    assert counted["scoring_flops"] == pytest.approx(2 * (3 * one + vocabulary), rel=0.1)
+    assert counted["scoring"] == pytest.approx(2 * (3 * one + vocabulary), rel=0.1)
     sampled = WORK.rows * length * TINY.layers * block + vocabulary
-    assert counted["sampling_flops"] == pytest.approx(2 * sampled, rel=0.1)
+    assert counted["sampling"] == pytest.approx(2 * sampled, rel=0.1)
 
 
 def test_gae_and_its_peers_compute_the_same(monkeypatch):
     made = {}
-    monkeypatch.setattr(subjects, "repeat", lambda channel, function: made.update({channel: function()}))
+
+    class Channel:
+        def __init__(self, name):
+            self.serve = lambda function: made.update({name: function()})
+
     names = ["gae_ours", "gae_loop"] + ["gae_torchrl"] * (find_spec("torchrl") is not None)
     for name in names:
-        subjects.SUBJECTS[name](name, None, WORK)
+        subjects.SUBJECTS[name](Channel(name), None, WORK)
     for name in names[1:]:
         for mine, other in zip(made["gae_ours"], made[name], strict=True):
             torch.testing.assert_close(mine, other.reshape(mine.shape), atol=1e-4, rtol=1e-4)
 
 
 def test_both_samplers_run_to_the_end():
-    for name in ("sampling_ours", "sampling_generate", "sampling_generate_fused"):
+    for name in ("sampling_ours", "sampling_generate", "sampling_generate_fast"):
         channel = Asked(1)
         subjects.SUBJECTS[name](channel, TINY, WORK)
         assert len(channel.answers) == 1
@@ -132,45 +137,79 @@ def test_the_warm_up_does_not_count():
 
 
 def test_a_worker_process_measures_and_ends():
-    worker = bench.Worker("gae_ours", None, {})
-    first, second = worker.run(), worker.run()
-    worker.stop()
-    assert worker.process.returncode == 0
+    process = bench.Worker("gae_ours", None, {})
+    first, second = process.run(), process.run()
+    process.stop()
+    assert process.process.returncode == 0
     for measured in (first, second):
         assert measured["seconds"] > 0 and measured["cpu_seconds"] > 0 and measured["peak_mb"] > 50
 
 
+def test_a_short_subject_is_repeated_as_often_in_every_round(monkeypatch):
+    clock, asked, answers = [0.0], [3], []
+
+    class Fake(worker.Channel):
+        device, peak_mb = "cpu", lambda self: 1.0
+
+        def __init__(self):
+            self.answers = self
+
+        def wait(self):
+            asked[0] -= 1
+            self.started, self.cpu_started = clock[0], time.process_time()
+            return asked[0] >= 0
+
+        def clock(self):
+            return clock[0]
+
+        def write(self, text):
+            answers.append(text)
+
+        def flush(self):
+            pass
+
+    calls = []
+
+    def run():
+        calls.append(1)
+        clock[0] += 0.3 if len(calls) > 4 else worker.SHORTEST_ROUND / 4
+        return {"steps": 7}
+
+    Fake().serve(run)
+    measured = [json.loads(answer) for answer in answers if answer.strip()]
+    assert len(calls) == 3 * 4 and [m["steps"] for m in measured] == [7] * 3
+    assert [m["seconds"] for m in measured] == pytest.approx([0.25, 0.3, 0.3])
+
+
 def test_a_failing_worker_is_named():
-    worker = bench.Worker("no_such_subject", None, {})
+    process = bench.Worker("no_such_subject", None, {})
     with pytest.raises(ValueError, match="the measurement no_such_subject failed"):
-        worker.run()
-    worker.stop()
+        process.run()
+    process.stop()
 
 
 def fake_measurements():
     def rounds(seconds, **more):
         return [{"seconds": 99.0} | more] + [{"seconds": seconds, "cpu_seconds": seconds / 2} | more] * 3
 
-    ours = dict(
-        peak_mb=400.0, optimizer_steps=16, sampling=0.1, scoring=0.2, update=0.7, sampling_flops=1e9,
-        scoring_flops=2e9, update_flops=21e9,
-    )  # fmt: skip
+    ours = dict(peak_mb=400.0, optimizer_steps=16, sampling=0.1, scoring=0.2, update=0.7)
+    flops = [dict(sampling=1e9, scoring=2e9, update=21e9)]
     return {
         "machine": dict(command="c", processor="p", threads=1, python="3", torch="2", transformers="5", load=0.1),
         "work": vars(Work()) | {},
         "rounds": 3,
         "matmul": {"matmul": rounds(1.0, flops_per_second=60e9)},
         "startup": {"import torch": rounds(2.0), "--help": rounds(2.2)},
-        "gae": {"gae_ours": rounds(0.1), "gae_loop": rounds(0.5), "gae_torchrl": [{"missing": "torchrl"}]},
+        "gae": {"gae_ours": rounds(0.0005), "gae_loop": rounds(0.0025), "gae_torchrl": [{"missing": "torchrl"}]},
         "sampling": {
             "7.6 M": dict(
-                sampling_ours=rounds(1.0), sampling_generate=rounds(1.5), sampling_generate_fused=rounds(1.2)
+                sampling_ours=rounds(1.0), sampling_generate=rounds(1.5), sampling_generate_fast=rounds(1.2)
             )
         },
         "ppo": {
             "7.6 M": dict(
                 ppo_ours=rounds(1.0, **ours), ppo_ours_separate=rounds(2.0, **ours),
-                ppo_trl=rounds(3.0, peak_mb=800.0, optimizer_steps=16),
+                ppo_trl=rounds(3.0, peak_mb=800.0, optimizer_steps=16), ppo_flops=flops, ppo_flops_separate=flops,
             )
         },
     }  # fmt: skip

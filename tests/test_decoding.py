@@ -1,12 +1,14 @@
 """Decoding with fixed shapes, uncaptured on the CPU: the same responses as the sampler whose rows leave."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_lessons import decoding, models
 from rlhf_lessons.decoding import StaticDecoder, StaticSampler
-from rlhf_lessons.models import takes_ready_masks, with_fused_gelu
+from rlhf_lessons.models import FastGELU, takes_ready_masks, with_fast_gelu
 from rlhf_lessons.rollout import sample_responses
 
 PAD, BOS, EOS = 0, 1, 2
@@ -219,13 +221,29 @@ def test_values_alone_are_those_beside_the_logits(architecture, critic, make_pol
     assert both.shape == (3, 2) and both.abs().min() > 0
 
 
-def test_fused_gelu_computes_the_same_in_one_call(make_lm, queries, tmp_path):
-    plain, fused = make_lm(), with_fused_gelu(make_lm())
+@pytest.mark.parametrize("written", ["gelu_new", "gelu_pytorch_tanh"])
+def test_the_fast_gelu_is_gpt2s(written, make_lm, queries, tmp_path):
+    plain, fast = make_lm(activation_function=written), with_fast_gelu(make_lm(activation_function=written))
     tokens, mask = queries
-    assert [type(block.mlp.act).__name__ for block in fused.transformer.h] == ["GELUTanh"] * 2
-    torch.testing.assert_close(fused(tokens).logits, plain(tokens).logits, atol=1e-5, rtol=1e-5)
-    fused.save_pretrained(tmp_path)
-    assert '"activation_function": "gelu_new"' in (tmp_path / "config.json").read_text()
+    assert [type(block.mlp.act).__name__ for block in fast.transformer.h] == ["FastGELU"] * 2
+    torch.testing.assert_close(fast(tokens).logits, plain(tokens).logits, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(tokens).logits, plain(tokens).logits, atol=1e-5, rtol=1e-5)
+    fast.save_pretrained(tmp_path)
+    assert f'"activation_function": "{written}"' in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_fast_gelu_has_the_values_of_its_definition(dtype):
+    x = torch.linspace(-30, 30, 2001, dtype=torch.float64).to(dtype)
+    exact = x.double() / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x.double() + 0.044715 * x.double() ** 3)))
+    before = x.clone()
+    with torch.no_grad():
+        y = FastGELU()(x)
+    assert y.dtype == dtype and torch.equal(x, before)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), exact, atol=4 * eps, rtol=2 * eps)
+    torch.testing.assert_close(FastGELU()(x).double(), exact, atol=4 * eps, rtol=2 * eps)
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -555,9 +555,9 @@ def test_a_learning_rate_far_too_high_ends_in_the_same_error(rate, make_trainer)
 @pytest.mark.parametrize(
     ("score_fn", "message"),
     [
-        (lambda prompts, responses: [1.0], r"one number per response, \(8,\); got \(1,\)"),
-        (lambda prompts, responses: 0.5, r"one number per response, \(8,\); got \(\)"),
-        (lambda prompts, responses: [[1.0, 2.0]] * len(responses), r"one number per response, \(8,\); got \(8, 2\)"),
+        (lambda prompts, responses: [1.0], r"one number per response, \(16,\); got \(1,\)"),
+        (lambda prompts, responses: 0.5, r"one number per response, \(16,\); got \(\)"),
+        (lambda prompts, responses: [[1.0, 2.0]] * len(responses), r"one number per response, \(16,\); got \(16, 2\)"),
         (lambda prompts, responses: [float("nan")] * len(responses), "finite numbers; got NaN"),
         (lambda prompts, responses: [float("inf")] * len(responses), "finite numbers; got NaN or infinity"),
     ],

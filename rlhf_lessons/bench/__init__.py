@@ -98,14 +98,17 @@ def measure(parts: tuple[str, ...], *, rounds: int, gpu: bool) -> dict:
         measured["gae"] = interleave(("gae_ours", "gae_loop", "gae_torchrl"), None, asdict(Work()), rounds)
     if "sampling" in parts:
         say("sampling")
-        subjects = ("sampling_ours", "sampling_generate", "sampling_generate_fused")
+        subjects = ("sampling_ours", "sampling_generate", "sampling_generate_fast") + ("sampling_replay",) * gpu
         shapes = {"124 M": work} if gpu else {"0.87 M": work, "7.6 M": work, "82 M": work}
         measured["sampling"] = {shape: interleave(subjects, shape, w, rounds) for shape, w in shapes.items()}
     if "ppo" in parts:
         say("ppo")
         subjects = ("ppo_ours", "ppo_ours_separate", "ppo_trl")
         shapes = ("124 M",) if gpu else ("0.87 M", "7.6 M")
-        measured["ppo"] = {shape: interleave(subjects, shape, work, rounds) for shape in shapes}
+        counts = ("ppo_flops", "ppo_flops_separate")
+        measured["ppo"] = {
+            shape: interleave(subjects, shape, work, rounds) | interleave(counts, shape, work, 0) for shape in shapes
+        }
     return measured
 
 

@@ -1,12 +1,12 @@
 """The subjects: this package's code and its peers', each a function (channel, shape, work) that serves rounds."""
 
-import time
+from collections.abc import Callable
 
 import torch
 
 from rlhf_lessons.bench import workload
 from rlhf_lessons.bench.worker import Channel
-from rlhf_lessons.bench.workload import PAD, REPEATS_OF_GAE, Shape, Work
+from rlhf_lessons.bench.workload import PAD, Shape, Work
 
 NEVER = -1  # as the EOS id: no token has it, so no response ends early
 LEARNING_RATE = 1e-5
@@ -21,22 +21,18 @@ def episodes() -> dict[str, torch.Tensor]:
     return dict(rewards=rewards, values=values, terminated=torch.rand(64, 64, generator=generator) < 0.1)
 
 
-def repeat(channel: Channel, function) -> None:
-    channel.serve(lambda: [function() for _ in range(REPEATS_OF_GAE)] and None)
-
-
 def gae_ours(channel: Channel, shape: Shape | None, work: Work) -> None:
     from rlhf_lessons.advantages import gae
 
     data = episodes()
-    repeat(channel, lambda: gae(**data, gamma=0.99, lam=0.95))
+    channel.serve(lambda: gae(**data, gamma=0.99, lam=0.95))
 
 
 def gae_loop(channel: Channel, shape: Shape | None, work: Work) -> None:
     from rlhf_lessons.advantages import gae_recursion
 
     data = episodes()
-    repeat(channel, lambda: gae_recursion(**data, gamma=0.99, lam=0.95))
+    channel.serve(lambda: gae_recursion(**data, gamma=0.99, lam=0.95))
 
 
 def gae_torchrl(channel: Channel, shape: Shape | None, work: Work) -> None:
@@ -45,7 +41,7 @@ def gae_torchrl(channel: Channel, shape: Shape | None, work: Work) -> None:
     data = {name: value[..., None] for name, value in episodes().items()}
     values, end = data["values"], data["terminated"]
     following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-    repeat(channel, lambda: peer(0.99, 0.95, values, following, data["rewards"], end, end))
+    channel.serve(lambda: peer(0.99, 0.95, values, following, data["rewards"], end, end))
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -64,46 +60,51 @@ def autocast(work: Work):
     return torch.autocast(work.device, torch.bfloat16, enabled=work.precision == "bf16")
 
 
-def sampling_ours(channel: Channel, shape: Shape, work: Work) -> None:
+def our_sampler(shape: Shape, work: Work):
+    """The sampler that the trainer would take, and a call of it."""
     from rlhf_lessons.decoding import StaticSampler
-    from rlhf_lessons.models import with_fused_gelu
+    from rlhf_lessons.models import with_fast_gelu
     from rlhf_lessons.rollout import sample_responses
 
     lm, ids, mask = sampling_inputs(shape, work)
-    sample, options = sample_responses, dict(max_new_tokens=work.new_tokens, eos_id=NEVER, pad_id=PAD)
-    if work.device == "cuda":
-        sample, options["generator"] = StaticSampler(), torch.Generator("cuda").manual_seed(0)
-    with_fused_gelu(lm)
+    with_fast_gelu(lm)
+    sampler = StaticSampler() if work.device == "cuda" else sample_responses
+    generator = torch.Generator(work.device).manual_seed(0)
+    options = dict(max_new_tokens=work.new_tokens, eos_id=NEVER, pad_id=PAD, generator=generator)
 
-    def run() -> dict:
+    def sample() -> None:
         with autocast(work):
-            sample(lm, ids, mask.bool(), **options)
-        return replay_share(channel, sample, work) if work.device == "cuda" else {}
+            sampler(lm, ids, mask.bool(), **options)
 
-    channel.serve(run)
+    return sampler, sample
 
 
-def replay_share(channel: Channel, sampler, work: Work) -> dict[str, float]:
-    """Seconds of one decode step when the captured graph is replayed and nothing else is done."""
+def sampling_ours(channel: Channel, shape: Shape, work: Work) -> None:
+    channel.serve(our_sampler(shape, work)[1])
+
+
+def sampling_replay(channel: Channel, shape: Shape, work: Work) -> None:
+    """A response's steps after its first token, replayed from their graph with nothing else done: the limit."""
+    sampler, sample = our_sampler(shape, work)
+    sample()
     (decoder,) = sampler.decoders.values()
-    channel.synchronize()
-    sampled = time.perf_counter() - channel.started
-    decoder.t.zero_()
-    channel.synchronize()
-    started = time.perf_counter()
-    for _ in range(work.new_tokens - 1):
-        decoder.graph.replay()
-    channel.synchronize()
-    replayed = (time.perf_counter() - started) / (work.new_tokens - 1)
-    return {"seconds": sampled, "step_seconds": sampled / work.new_tokens, "replay_seconds": replayed}
+
+    def replay() -> None:
+        decoder.t.fill_(1)
+        for layer in decoder.cache.layers:
+            layer.cumulative_length.fill_(decoder.prompt_length)
+        for _ in range(work.new_tokens - 1):
+            decoder.graph.replay()
+
+    channel.serve(replay)
 
 
-def sampling_generate(channel: Channel, shape: Shape, work: Work, *, fused: bool = False) -> None:
-    from rlhf_lessons.models import with_fused_gelu
+def sampling_generate(channel: Channel, shape: Shape, work: Work, *, fast: bool = False) -> None:
+    from rlhf_lessons.models import with_fast_gelu
 
     lm, ids, mask = sampling_inputs(shape, work)
-    if fused:
-        with_fused_gelu(lm)
+    if fast:
+        with_fast_gelu(lm)
     options = dict(max_new_tokens=work.new_tokens, do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
     options |= dict(pad_token_id=PAD, eos_token_id=[], return_dict_in_generate=True, output_scores=True)
 
@@ -116,41 +117,46 @@ def sampling_generate(channel: Channel, shape: Shape, work: Work, *, fused: bool
     channel.serve(run)
 
 
-def sampling_generate_fused(channel: Channel, shape: Shape, work: Work) -> None:
-    sampling_generate(channel, shape, work, fused=True)
+def sampling_generate_fast(channel: Channel, shape: Shape, work: Work) -> None:
+    sampling_generate(channel, shape, work, fast=True)
 
 
 # --- one PPO iteration ----------------------------------------------------------------------------
 
 
 class Phases:
-    """Seconds and floating-point operations of an iteration's parts, by wrapping the calls that make them up."""
+    """What an iteration's parts cost on some meter, a clock or a counter, by wrapping the calls that make them up."""
 
-    def __init__(self, channel: Channel, trainer) -> None:
-        self.channel, self.counter, self.measured = channel, None, {}
-        trainer.sample, trainer.update = self.wrap("sampling", trainer.sample), self.wrap("update", trainer.update)
+    def __init__(self, trainer, read: Callable[[], float]) -> None:
+        self.read, self.measured = read, {}
+        sample = trainer.sample
+        trainer.sample = self.metered("sampling", lambda *args, **options: sample(*args, **options | {"eos_id": NEVER}))
+        trainer.rollout, trainer.update = (
+            self.metered("rollout", trainer.rollout),
+            self.metered("update", trainer.update),
+        )
 
-    def wrap(self, name: str, function):
+    def metered(self, name: str, function):
         def wrapped(*args, **options):
-            if name == "sampling":
-                options["eos_id"] = NEVER
-            self.channel.synchronize()
-            started, flops = time.perf_counter(), self.flops()
+            before = self.read()
             result = function(*args, **options)
-            self.channel.synchronize()
-            self.measured[name] = time.perf_counter() - started
-            self.measured[f"{name}_flops"] = self.flops() - flops
+            self.measured[name] = self.read() - before
             return result
 
         return wrapped
 
-    def flops(self) -> int:
-        return self.counter.get_total_flops() if self.counter else 0
+    def parts(self) -> dict[str, float]:
+        """Sampling, scoring (what else the rollout does), update."""
+        found = self.measured
+        return {
+            "sampling": found["sampling"],
+            "scoring": found["rollout"] - found["sampling"],
+            "update": found["update"],
+        }
 
 
-def ppo_ours(channel: Channel, shape: Shape, work: Work, *, critic: str = "shared") -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
+def trainer_for(shape: Shape, work: Work, critic: str):
+    """This package's trainer for an iteration of that work."""
     from rlhf_lessons.models import CausalLMWithValueHead, RewardModel
     from rlhf_lessons.trainer import PPOConfig, PPOTrainer
 
@@ -160,37 +166,49 @@ def ppo_ours(channel: Channel, shape: Shape, work: Work, *, critic: str = "share
         device=work.device, precision=work.precision,
     )  # fmt: skip
     policy = CausalLMWithValueHead(workload.language_model(shape), critic=critic)
-    trainer = PPOTrainer(
+    return PPOTrainer(
         settings, policy, workload.language_model(shape), RewardModel(workload.classifier(shape)),
         workload.prompts(shape, work, 4 * work.rows), workload.tokenizer(shape),
     )  # fmt: skip
-    phases, flops = Phases(channel, trainer), {}
+
+
+def ppo_ours(channel: Channel, shape: Shape, work: Work, *, critic: str = "shared") -> None:
+    trainer = trainer_for(shape, work, critic)
+    phases = Phases(trainer, channel.clock)
 
     def run() -> dict:
-        with FlopCounterMode(display=False) as phases.counter:  # the first round only: it is not one that counts
-            metrics = trainer.step()
-        total = phases.flops()
-        flops.update({name: n for name, n in phases.measured.items() if name.endswith("_flops")})
-        flops["scoring_flops"] = total - sum(flops.values())
-        return facts(metrics)
+        metrics = trainer.step()
+        return phases.parts() | {
+            name: metrics[name] for name in ("optimizer_steps", "response_length", "first_ratio_error")
+        }
 
-    def facts(metrics: dict) -> dict:
-        seconds = {name: n for name, n in phases.measured.items() if not name.endswith("_flops")}
-        seconds["scoring"] = metrics["seconds_rollout"] - seconds["sampling"]
-        named = {name: metrics[name] for name in ("optimizer_steps", "response_length", "first_ratio_error")}
-        return named | seconds | flops
-
-    def later() -> dict:
-        phases.counter = None
-        return facts(trainer.step())
-
-    if channel.wait():
-        channel.report(**run())
-    channel.serve(later)
+    channel.serve(run)
 
 
 def ppo_ours_separate(channel: Channel, shape: Shape, work: Work) -> None:
     ppo_ours(channel, shape, work, critic="separate")
+
+
+def ppo_flops(channel: Channel, shape: Shape, work: Work, *, critic: str = "shared") -> None:
+    """Floating-point operations by phase, counted in a process of its own: counting takes time and memory."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from rlhf_lessons.rollout import sample_responses
+
+    trainer = trainer_for(shape, work, critic)
+    trainer.sample = sample_responses  # the same operations, none of them hidden in a graph
+
+    def run() -> dict:
+        with FlopCounterMode(display=False) as counter:
+            phases = Phases(trainer, counter.get_total_flops)
+            trainer.step()
+        return phases.parts()
+
+    channel.serve(run)
+
+
+def ppo_flops_separate(channel: Channel, shape: Shape, work: Work) -> None:
+    ppo_flops(channel, shape, work, critic="separate")
 
 
 def ppo_trl(channel: Channel, shape: Shape, work: Work) -> None:
@@ -252,12 +270,10 @@ def matmul(channel: Channel, shape: Shape | None, work: Work) -> None:
     def rate(n: int) -> float:
         a, b = (torch.randn(n, n, device=work.device, dtype=dtype) for _ in range(2))
         a @ b
-        channel.synchronize()
-        started = time.perf_counter()
+        started = channel.clock()
         for _ in range(repeats):
             a @ b
-        channel.synchronize()
-        return repeats * 2 * n**3 / (time.perf_counter() - started)
+        return repeats * 2 * n**3 / (channel.clock() - started)
 
     channel.serve(lambda: {"flops_per_second": max(rate(n) for n in sizes)})
 
@@ -265,7 +281,7 @@ def matmul(channel: Channel, shape: Shape | None, work: Work) -> None:
 SUBJECTS = {
     function.__name__: function
     for function in (
-        gae_ours, gae_loop, gae_torchrl, sampling_ours, sampling_generate, sampling_generate_fused, ppo_ours,
-        ppo_ours_separate, ppo_trl, matmul,
+        gae_ours, gae_loop, gae_torchrl, sampling_ours, sampling_replay, sampling_generate, sampling_generate_fast,
+        ppo_ours,        ppo_ours_separate, ppo_flops, ppo_flops_separate, ppo_trl, matmul,
     )
 }  # fmt: skip

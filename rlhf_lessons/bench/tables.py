@@ -2,7 +2,7 @@
 
 import statistics
 
-from rlhf_lessons.bench.workload import REPEATS_OF_GAE
+PHASES = ("sampling", "scoring", "update")
 
 
 def median(rounds: list[dict] | None, name: str = "seconds") -> float | None:
@@ -60,7 +60,7 @@ def gae_rows(measured: dict) -> list[str]:
     found = measured["gae"]
     labels = {"gae_ours": "`gae`", "gae_loop": "the plain loop", "gae_torchrl": "torchrl, vectorised"}
     rows = [
-        [label, number(median(found[name]), 1e6 / REPEATS_OF_GAE, 0), *ratios(found[name], found["gae_ours"])]
+        [label, number(median(found[name]), 1e6, 0), *ratios(found[name], found["gae_ours"])]
         for name, label in labels.items()
     ]
     return ["## GAE, 64 × 64 with terminations", ""] + table(["", "µs a call", "ratio", "ratio in CPU seconds"], rows)
@@ -80,15 +80,16 @@ def sampling_rows(measured: dict) -> list[str]:
         for name, label in (
             ("sampling_ours", "`sample_responses`"),
             ("sampling_generate", "`generate` with scores"),
-            ("sampling_generate_fused", "the same, activation fused"),
+            ("sampling_generate_fast", "the same with this activation"),
         ):
             tokens = measured["work"]["rows"] * measured["work"]["new_tokens"]
             seconds = median(found[name])
             rows.append([shape, label, number(seconds and tokens / seconds, digits=0), *ratios(found[name], ours)])
-        if median(ours, "replay_seconds"):
-            share = median(ours, "step_seconds") / median(ours, "replay_seconds")
-            rows.append([shape, "decode step / replay of its graph", number(share), "", ""])
-    note = "The activation of a GPT-2 checkpoint is computed in seven calls; the trainer computes it in one."
+        if replay := median(found.get("sampling_replay")):
+            steps = measured["work"]["new_tokens"]
+            share = (median(ours) / steps) / (replay / (steps - 1))
+            rows.append([shape, "a step, the prompt's share in it, over a replay of its graph", number(share), "", ""])
+    note = "A GPT-2 checkpoint's activation is computed in seven calls; the trainer computes the same function faster."
     return ["## Sampling", "", note, ""] + table(
         ["parameters", "", "tokens/s", "ratio", "ratio in CPU seconds"], rows
     )  # fmt: skip
@@ -112,7 +113,8 @@ def ppo_rows(measured: dict, peak: float | None) -> list[str]:
                  number(last(rounds, "optimizer_steps"), digits=0)]
             )  # fmt: skip
             if name != "ppo_trl":
-                phases += [[shape, label, *phase(rounds, part, peak)] for part in ("sampling", "scoring", "update")]
+                flops = found[name.replace("ours", "flops")][-1]
+                phases += [[shape, label, *phase(rounds, flops, part, peak)] for part in PHASES]
     header = ["parameters", "", "s", "tokens/s", "ratio", "ratio in CPU seconds", "peak MB", "of TRL's", "steps"]
     lines = ["## One PPO iteration", ""] + table(header, rows)
     header = ["parameters", "", "phase", "s", "GFLOP", "of the matrix-multiply peak"]
@@ -123,8 +125,13 @@ def last(rounds: list[dict], name: str) -> float | None:
     return rounds[-1].get(name)
 
 
-def phase(rounds: list[dict], name: str, peak: float | None) -> list[str]:
-    """Its name, seconds, GFLOP counted in the warm-up, and what share of the peak that is."""
-    seconds, flops = median(rounds, name), last(rounds, f"{name}_flops")
-    share = flops and seconds and peak and flops / seconds / peak
-    return [name, number(seconds, digits=3), number(flops, 1e-9, 1), number(share and 100 * share, digits=0) + " %"]
+def phase(rounds: list[dict], flops: dict, name: str, peak: float | None) -> list[str]:
+    """Its name, seconds, GFLOP, and what share of the peak that is."""
+    seconds = median(rounds, name)
+    share = seconds and peak and flops[name] / seconds / peak
+    return [
+        name,
+        number(seconds, digits=3),
+        number(flops[name], 1e-9, 1),
+        number(share and 100 * share, digits=0) + " %",
+    ]

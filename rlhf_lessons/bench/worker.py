@@ -13,6 +13,8 @@ import torch
 
 from rlhf_lessons.bench.workload import SHAPES, Shape, Work
 
+SHORTEST_ROUND = 1.0  # seconds: what is shorter is repeated, for a single short call is mostly noise
+
 
 class Channel:
     """The clock, and the two pipes to the process that asks."""
@@ -25,19 +27,20 @@ class Channel:
     def wait(self) -> bool:
         """Wait to be asked; False when there is nothing more to do."""
         asked = sys.stdin.readline().strip() == "run"
-        self.synchronize()
-        self.started, self.cpu_started = time.perf_counter(), time.process_time()
+        self.started, self.cpu_started = self.clock(), time.process_time()
         return asked
 
-    def report(self, **measured) -> None:
-        """Answer with the time since then, the process's peak memory so far, and whatever else was measured."""
-        self.synchronize()
-        times = {"seconds": time.perf_counter() - self.started, "cpu_seconds": time.process_time() - self.cpu_started}
+    def report(self, calls: int = 1, **measured) -> None:
+        """Answer with the time a call took since then, the process's peak memory so far, and what else was measured."""
+        times = {"seconds": self.clock() - self.started, "cpu_seconds": time.process_time() - self.cpu_started}
+        times = {name: seconds / calls for name, seconds in times.items()}
         print(json.dumps(times | {"peak_mb": self.peak_mb()} | measured), file=self.answers, flush=True)
 
-    def synchronize(self) -> None:
+    def clock(self) -> float:
+        """Seconds, when the device has done all it was told to."""
         if self.device == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter()
 
     def peak_mb(self) -> float:
         """Peak resident memory, or the peak allocated on the GPU, in MB (10⁶ bytes)."""
@@ -47,9 +50,14 @@ class Channel:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
     def serve(self, run) -> None:
-        """Run once for each time it is asked."""
+        """A round for each time it is asked: as many runs as filled the first, which warms up. Answers for one run."""
+        calls = None
         while self.wait():
-            self.report(**(run() or {}))
+            done, measured = 0, {}
+            while done < calls if calls else not done or self.clock() - self.started < SHORTEST_ROUND:
+                measured, done = run(), done + 1
+            calls = done
+            self.report(calls, **(measured if isinstance(measured, dict) else {}))
 
 
 def main(request: str) -> None:

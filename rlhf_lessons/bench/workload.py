@@ -25,7 +25,6 @@ SHAPES = {
     "124 M": Shape(12, 768, 12, 50257, 1024),
 }
 PAD, BOS, EOS = 0, 1, 2
-REPEATS_OF_GAE = 200  # calls in a round, too short to be timed alone
 
 
 @dataclass(frozen=True)
