@@ -25,6 +25,9 @@ def make_accelerator(device: str = "auto", precision: str = "no"):
         raise ValueError(f"device {device!r} is not available on this machine")
     # accelerate keeps one device and one precision for the process: forget those of an earlier trainer.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    # Allocated and freed, which teaches glibc to keep freed blocks up to this size: else the system takes every large
+    # one back and hands it out again page by page, thousands of times in an iteration.
+    torch.empty(31 * 2**20, dtype=torch.uint8)
     return Accelerator(cpu=device == "cpu", mixed_precision=precision)
 
 

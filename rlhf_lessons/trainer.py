@@ -298,7 +298,7 @@ class PPOTrainer:
         values = self.accelerator.reduce(torch.stack(list(report.values())), "sum")
         report = dict(zip(report, values, strict=True))
         if self.config.target_kl is None or report["approx_kl"] <= 1.5 * self.config.target_kl:
-            report["grad_norm"] = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+            report["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             self.optimizer.step()
         self.optimizer.zero_grad()
         return report
