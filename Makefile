@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: ppo test proof notebooks lab figures assets lint mutants bench clean
+.PHONY: ppo test proof notebooks lab figures assets lint mutants bench gpu clean
 
 ppo: $(READY)           ## align the tiny language model and write its report
 	$(PY) -m rlhf_lessons run $(ARGS)
@@ -36,6 +36,10 @@ mutants: $(READY)       ## plant one mistake at a time and see the tests fail
 
 bench: $(READY)         ## speed and memory
 	$(PY) -m rlhf_lessons bench $(ARGS)
+
+gpu: $(READY)           ## all that needs a GPU: the tests that are skipped without one, then speed and memory there
+	$(PY) -m pytest tests/test_decoding.py -q
+	$(PY) -m rlhf_lessons bench --gpu $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

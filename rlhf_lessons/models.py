@@ -310,10 +310,10 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 class FastGELU(nn.Module):
-    """GPT-2's activation ½x(1 + tanh z/2), z = x(a + bx²), where nothing is differentiated on a CPU as x·σ(z).
+    """GPT-2's activation ½x(1 + tanh z/2) = x·σ(z), z = x(a + bx²), a = 2√(2/π), b = 0.044715·a.
 
-    The two are the same function. The second, in place, takes half the time of PyTorch's kernel for the first, but
-    training would have to keep what it overwrites.
+    On a CPU, in place, the second form takes half the time of PyTorch's kernel for the first. Not in training, which
+    would have to keep what is overwritten.
     """
 
     A = torch.tensor(2 * math.sqrt(2 / math.pi), dtype=torch.float64)  # of no dimension: x's type is kept

@@ -45,7 +45,7 @@ def entropy(logits: Tensor) -> Tensor:
     log_probs = full_precision(logits).log_softmax(dim=-1)
     # A forbidden action has log p = −∞ and p = 0; the limit of p log p is 0, but −∞·0 is NaN.
     log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
-    return -torch.linalg.vecdot(log_probs.exp(), log_probs)
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
 def full_precision(x: Tensor) -> Tensor:

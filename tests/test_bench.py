@@ -4,6 +4,7 @@ import json
 import time
 from argparse import Namespace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rlhf_lessons import bench
 from rlhf_lessons.bench import subjects, tables, worker, workload
 from rlhf_lessons.bench.workload import SHAPES, Shape, Work
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = Shape(layers=2, width=32, heads=2, vocabulary=40, context=32)
 WORK = Work(rows=8, prompt_tokens=4, new_tokens=6, epochs=2, minibatches=4)
 
@@ -225,8 +227,19 @@ def test_the_table_holds_the_ratios():
         "| 7.6 M | TRL 1.12 | 3.00 | 512 | 1.00 | 1.00 | 800 | 1.00 | 16 |",
         "| 7.6 M | shared trunk | 1.00 | 1536 | 3.00 | 3.00 | 400 | 0.50 | 16 |",
         "| 7.6 M | shared trunk | update | 0.700 | 21.0 | 50 % |",
+        "| PPO, shared trunk: peak memory, of TRL's | 0.50 |",
+        "| PPO, separate critic: tokens/s, times TRL's | 1.50 |",
+        "| sampling: tokens/s, times `generate`'s | 1.50 |",
     ):
         assert row in text.splitlines(), row
+
+
+def test_the_readme_shows_what_was_measured():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for folder, quoted in ((ROOT / "figures", True), (ROOT / "figures" / "one-thread", False)):
+        measured = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+        assert (folder / "bench.md").read_text(encoding="utf-8") == tables.markdown(measured)
+        assert ("\n".join(tables.in_short(measured)) in readme) == quoted
 
 
 def test_the_command_writes_json_and_markdown(tmp_path, monkeypatch, capsys):

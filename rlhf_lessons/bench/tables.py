@@ -42,8 +42,33 @@ def markdown(measured: dict) -> str:
         f"{work['epochs']} epochs of {work['minibatches']} minibatches, precision {work['precision']}; no response "
         "ends early.", "",
     ]  # fmt: skip
+    lines += ["## In short", ""] + in_short(measured)
     lines += startup_rows(measured) + gae_rows(measured) + sampling_rows(measured) + ppo_rows(measured, peak)
     return "\n".join(lines)
+
+
+def in_short(measured: dict) -> list[str]:
+    """The lines of the table that the README shows: ratios alone, a column for each size of the model."""
+    found = {part: measured.get(part, {}) for part in ("sampling", "ppo")}
+    sizes = list(dict.fromkeys([*found["ppo"], *found["sampling"]]))
+
+    def row(label: str, part: str, peer: str, ours: str, figure=median) -> list[str]:
+        def cell(rounds: dict[str, list[dict]] | None) -> str:
+            return ratio(figure(rounds[peer]), figure(rounds[ours])) if rounds else ""
+
+        return [label, *(cell(found[part].get(size)) for size in sizes)]
+
+    def peak(rounds: list[dict]) -> float | None:
+        return last(rounds, "peak_mb")
+
+    rows = [
+        row("PPO, shared trunk: tokens/s, times TRL's", "ppo", "ppo_trl", "ppo_ours"),
+        row("PPO, separate critic: tokens/s, times TRL's", "ppo", "ppo_trl", "ppo_ours_separate"),
+        row("PPO, shared trunk: peak memory, of TRL's", "ppo", "ppo_ours", "ppo_trl", peak),
+        row("PPO, separate critic: peak memory, of TRL's", "ppo", "ppo_ours_separate", "ppo_trl", peak),
+        row("sampling: tokens/s, times `generate`'s", "sampling", "sampling_generate", "sampling_ours"),
+    ]
+    return table(["parameters", *sizes], [r for r in rows if any(r[1:])])
 
 
 def startup_rows(measured: dict) -> list[str]:
