@@ -37,9 +37,14 @@ mutants: $(READY)       ## plant one mistake at a time and see the tests fail
 bench: $(READY)         ## speed and memory
 	$(PY) -m rlhf_lessons bench $(ARGS)
 
-gpu: $(READY)           ## all that needs a GPU: the tests that are skipped without one, then speed and memory there
+gpu: $(READY)           ## all that needs a GPU: tests skipped without one, speed, and a run if CORPUS and PREFERENCES are given
 	$(PY) -m pytest tests/test_decoding.py -q
 	$(PY) -m rlhf_lessons bench --gpu $(ARGS)
+ifdef CORPUS
+	$(PY) -m rlhf_lessons run --preset small --corpus $(CORPUS) --preferences $(PREFERENCES) --out runs/small
+	mkdir -p figures/gpu/small
+	cd runs/small && cp config.json metrics.jsonl samples.md summary.json ../../figures/gpu/small
+endif
 
 lint: $(READY)
 	$(PY) -m ruff check .

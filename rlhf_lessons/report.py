@@ -64,7 +64,7 @@ class RunFolder:
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_config(self, settings: dict) -> None:
-        """config.json: the settings, the command line and the versions that made the run."""
+        """config.json: the settings, the command line, the versions and the GPU, if any, that made the run."""
         import transformers
 
         made_by = {
@@ -72,6 +72,7 @@ class RunFolder:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         }
         self.write_json("config.json", settings | {"made_by": made_by})
 

@@ -488,7 +488,9 @@ def test_stage_by_stage_on_own_data(run, world, tmp_path):
     lm, tokenizer = check_finished(c)
     ids = lm.generate(**tokenizer("film", return_tensors="pt"), max_new_tokens=4, pad_token_id=tokenizer.pad_token_id)
     assert ids.shape[1] > 1
-    assert all(json.loads((folder / "config.json").read_text())["made_by"]["torch"] for folder in (a, b, c))
+    for folder in (a, b, c):
+        made_by = json.loads((folder / "config.json").read_text())["made_by"]
+        assert made_by["torch"] == torch.__version__ and bool(made_by["gpu"]) == torch.cuda.is_available()
     code, table, _ = run("summary", c)
     assert code == 0 and table.splitlines()[2].startswith(f"| c | {BETA:g} | 0 | ")
     code, shown, _ = run(
