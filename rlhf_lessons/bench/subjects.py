@@ -198,13 +198,11 @@ def ppo_flops(channel: Channel, shape: Shape, work: Work, *, critic: str = "shar
     trainer = trainer_for(shape, work, critic)
     trainer.sample = sample_responses  # the same operations, none of them hidden in a graph
 
-    def run() -> dict:
+    if channel.wait():
         with FlopCounterMode(display=False) as counter:
             phases = Phases(trainer, counter.get_total_flops)
             trainer.step()
-        return phases.parts()
-
-    channel.serve(run)
+        channel.report(**phases.parts())
 
 
 def ppo_flops_separate(channel: Channel, shape: Shape, work: Work) -> None:
@@ -282,6 +280,6 @@ SUBJECTS = {
     function.__name__: function
     for function in (
         gae_ours, gae_loop, gae_torchrl, sampling_ours, sampling_replay, sampling_generate, sampling_generate_fast,
-        ppo_ours,        ppo_ours_separate, ppo_flops, ppo_flops_separate, ppo_trl, matmul,
+        ppo_ours, ppo_ours_separate, ppo_flops, ppo_flops_separate, ppo_trl, matmul,
     )
 }  # fmt: skip
