@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlhf_lessons.masking import position_ids
 from rlhf_lessons.models import ready_mask, takes_ready_masks
-from rlhf_lessons.policy_gradient import action_log_probs, full_precision
+from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.rollout import Responses, at_temperature, sample_responses, sample_tokens
 
 PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that few shapes need a graph of their own
@@ -30,27 +30,14 @@ class StaticSampler:
         self.decoders: dict[tuple, StaticDecoder] = {}
 
     @torch.no_grad()
-    def __call__(
-        self,
-        lm: nn.Module,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        *,
-        max_new_tokens: int,
-        eos_id: int,
-        pad_id: int,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> Responses:
+    def __call__(self, lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, **options) -> Responses:
         """Arguments and result as those of `sample_responses`."""
-        options = dict(
-            max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=pad_id, temperature=temperature, generator=generator
-        )
         if not takes_ready_masks(lm):
             return sample_responses(lm, input_ids, attention_mask, **options)
         extra = -input_ids.shape[1] % PROMPT_MULTIPLE
-        input_ids, attention_mask = F.pad(input_ids, (extra, 0), value=pad_id), F.pad(attention_mask, (extra, 0))
-        key = (id(lm), id(generator), *input_ids.shape, max_new_tokens, eos_id, pad_id, temperature)
+        input_ids = F.pad(input_ids, (extra, 0), value=options["pad_id"])
+        attention_mask = F.pad(attention_mask, (extra, 0))
+        key = (lm, input_ids.shape, *sorted(options.items()))
         if key not in self.decoders:
             self.decoders[key] = StaticDecoder(lm, *input_ids.shape, **options)
         return self.decoders[key].sample(input_ids, attention_mask.bool())
@@ -61,7 +48,7 @@ class StaticDecoder:
 
     def __init__(
         self, lm: nn.Module, batch: int, prompt_length: int, *, max_new_tokens: int, eos_id: int, pad_id: int,
-        temperature: float, generator: torch.Generator | None,
+        temperature: float = 1.0, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         from transformers import StaticCache
 
@@ -76,7 +63,7 @@ class StaticDecoder:
         self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
         self.tokens = torch.full((batch, max_new_tokens), pad_id, device=device)
         self.mask = torch.zeros_like(self.tokens, dtype=torch.bool)
-        self.log_probs = torch.zeros_like(self.tokens, dtype=full_precision(torch.empty(0, dtype=lm.dtype)).dtype)
+        self.log_probs = torch.zeros_like(self.tokens, dtype=torch.promote_types(lm.dtype, torch.float32))
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def sample(self, input_ids: Tensor, attention_mask: Tensor) -> Responses:

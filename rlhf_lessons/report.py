@@ -26,6 +26,17 @@ from rlhf_lessons.models import quiet_transformers
 LAST = 5  # iterations over which "at the end" is averaged
 
 
+def versions() -> dict[str, str]:
+    """Of what a result depends on most: python, torch, transformers."""
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 class RunFolder:
     """Writes into one run's folder. Raises ValueError when the folder already holds a run, or anything else.
 
@@ -65,13 +76,9 @@ class RunFolder:
 
     def write_config(self, settings: dict) -> None:
         """config.json: the settings, the command line, the versions and the GPU, if any, that made the run."""
-        import transformers
-
         made_by = {
             "command": ["python", "-m", "rlhf_lessons", *sys.argv[1:]],
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **versions(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         }
         self.write_json("config.json", settings | {"made_by": made_by})

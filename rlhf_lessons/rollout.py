@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rlhf_lessons.advantages import gae
 from rlhf_lessons.kl import sampled_kl, shaped_rewards
-from rlhf_lessons.masking import masked_whiten, position_ids
-from rlhf_lessons.models import causal_lm_logits, new_kv_cache, takes_position_ids, takes_ready_masks
+from rlhf_lessons.masking import masked_whiten
+from rlhf_lessons.models import causal_lm_logits, new_kv_cache, position_arguments, takes_ready_masks
 from rlhf_lessons.policy_gradient import action_log_probs, full_precision
 
 
@@ -109,23 +109,22 @@ def sample_responses(
     batch, prompt_length = input_ids.shape
     tokens = input_ids.new_full((batch, max_new_tokens), pad_id)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    log_probs = torch.zeros_like(tokens, dtype=full_precision(torch.empty(0, dtype=lm.dtype)).dtype)
+    log_probs = torch.zeros_like(tokens, dtype=torch.promote_types(lm.dtype, torch.float32))
     ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)
     rows = torch.arange(batch, device=tokens.device)  # the row of `tokens` that each row of the cache belongs to
     visible = F.pad(attention_mask.bool(), (0, max_new_tokens), value=True)
-    positions = position_ids(visible)
+    positions = position_arguments(lm, visible)
     cache, ready_masks = new_kv_cache(lm, visible.shape[1]), takes_ready_masks(lm)
     step_ids, read = input_ids, slice(0, prompt_length)
     for t in range(max_new_tokens):
         seen = visible[:, : read.stop]
-        where = {"position_ids": positions[:, read]} if takes_position_ids(type(lm)) else {}
         output = lm(
             input_ids=step_ids,
             attention_mask=seen[:, None, None] if ready_masks and t > 0 else seen,  # spares the model making one
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            **where,
+            **{name: whole[:, read] for name, whole in positions.items()},
         )
         logits = at_temperature(output.logits[:, -1], temperature)
         chosen = sample_tokens(logits, generator)
@@ -140,7 +139,8 @@ def sample_responses(
             if len(keep) == 0:
                 break
             cache.batch_select_indices(keep)
-            rows, step_ids, visible, positions = rows[keep], step_ids[keep], visible[keep], positions[keep]
+            rows, step_ids, visible = rows[keep], step_ids[keep], visible[keep]
+            positions = position_arguments(lm, visible)
     length = t + 1
     return Responses(tokens[:, :length], mask[:, :length], log_probs[:, :length], ended)
 
@@ -195,12 +195,13 @@ def score_rollout(
 
     In chunks, which bound the memory that logits take: twice the rows of a training step, which keeps them all.
     """
-    options = dict(length=responses.tokens.shape[1], temperature=config.temperature)
+    length = responses.tokens.shape[1]
     values, ref_log_probs, scores = [], [], []
     for rows in torch.arange(len(tokens), device=tokens.device).split(2 * config.micro_batch_size):
         chunk = tokens[rows], attention_mask[rows]
-        values.append(state_values(policy, *chunk, length=options["length"]))
-        ref_log_probs.append(action_log_probs(reference_logits(reference, *chunk, **options), responses.tokens[rows]))
+        values.append(state_values(policy, *chunk, length=length))
+        logits = reference_logits(reference, *chunk, length=length, temperature=config.temperature)
+        ref_log_probs.append(action_log_probs(logits, responses.tokens[rows]))
         scores.append(score(*chunk, responses.mask[rows]))
     return (
         torch.where(responses.mask, torch.cat(values), 0),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from sampling import EOS, IDS, PAD, generator, repeated, teacher_forced
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_lessons import decoding, models
@@ -11,26 +12,7 @@ from rlhf_lessons.decoding import StaticDecoder, StaticSampler
 from rlhf_lessons.models import FastGELU, takes_ready_masks, with_fast_gelu
 from rlhf_lessons.rollout import sample_responses
 
-PAD, BOS, EOS = 0, 1, 2
-IDS = dict(eos_id=EOS, pad_id=PAD)
 NEVER = dict(eos_id=-1, pad_id=PAD)  # no row ends, so both samplers draw for the same rows
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def repeated(queries, times):
-    tokens, mask = queries
-    return tokens.repeat_interleave(times, dim=0), mask.repeat_interleave(times, dim=0)
-
-
-@torch.no_grad()
-def teacher_forced(lm, prompt, response, temperature):
-    """log π of each response token, from the plain model on the unpadded text alone."""
-    ids = prompt + response
-    log_probs = torch.log_softmax(lm(torch.tensor([ids])).logits[0].double() / temperature, dim=-1)
-    return [log_probs[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -99,8 +99,8 @@ def measure(parts: tuple[str, ...], *, rounds: int, gpu: bool) -> dict:
     if "sampling" in parts:
         say("sampling")
         subjects = ("sampling_ours", "sampling_generate", "sampling_generate_fast") + ("sampling_replay",) * gpu
-        shapes = {"124 M": work} if gpu else {"0.87 M": work, "7.6 M": work, "82 M": work}
-        measured["sampling"] = {shape: interleave(subjects, shape, w, rounds) for shape, w in shapes.items()}
+        shapes = ("124 M",) if gpu else ("0.87 M", "7.6 M", "82 M")
+        measured["sampling"] = {shape: interleave(subjects, shape, work, rounds) for shape in shapes}
     if "ppo" in parts:
         say("ppo")
         subjects = ("ppo_ours", "ppo_ours_separate", "ppo_trl")
@@ -131,15 +131,14 @@ def machine(gpu: bool) -> dict:
     """What the numbers depend on."""
     import accelerate
     import torch
-    import transformers
+
+    from rlhf_lessons.report import versions
 
     found = {
         "command": " ".join(["python", "-m", "rlhf_lessons", *sys.argv[1:]]),
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "accelerate": accelerate.__version__,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }

@@ -131,10 +131,8 @@ class Phases:
         self.read, self.measured = read, {}
         sample = trainer.sample
         trainer.sample = self.metered("sampling", lambda *args, **options: sample(*args, **options | {"eos_id": NEVER}))
-        trainer.rollout, trainer.update = (
-            self.metered("rollout", trainer.rollout),
-            self.metered("update", trainer.update),
-        )
+        trainer.rollout = self.metered("rollout", trainer.rollout)
+        trainer.update = self.metered("update", trainer.update)
 
     def metered(self, name: str, function):
         def wrapped(*args, **options):

@@ -2,6 +2,8 @@
 
 import statistics
 
+from rlhf_lessons.bench.workload import Work
+
 PHASES = ("sampling", "scoring", "update")
 
 
@@ -99,7 +101,7 @@ def ratios(peer: list[dict], ours: list[dict]) -> list[str]:
 def sampling_rows(measured: dict) -> list[str]:
     if "sampling" not in measured:
         return []
-    rows = []
+    work, rows = Work(**measured["work"]), []
     for shape, found in measured["sampling"].items():
         ours = found["sampling_ours"]
         for name, label in (
@@ -107,12 +109,10 @@ def sampling_rows(measured: dict) -> list[str]:
             ("sampling_generate", "`generate` with scores"),
             ("sampling_generate_fast", "the same with this activation"),
         ):
-            tokens = measured["work"]["rows"] * measured["work"]["new_tokens"]
             seconds = median(found[name])
-            rows.append([shape, label, number(seconds and tokens / seconds, digits=0), *ratios(found[name], ours)])
+            rows.append([shape, label, number(seconds and work.tokens / seconds, digits=0), *ratios(found[name], ours)])
         if replay := median(found.get("sampling_replay")):
-            steps = measured["work"]["new_tokens"]
-            share = (median(ours) / steps) / (replay / (steps - 1))
+            share = (median(ours) / work.new_tokens) / (replay / (work.new_tokens - 1))
             rows.append([shape, "a step, the prompt's share in it, over a replay of its graph", number(share), "", ""])
     note = "A GPT-2 checkpoint's activation is computed in seven calls; the trainer computes the same function faster."
     return ["## Sampling", "", note, ""] + table(
@@ -123,8 +123,7 @@ def sampling_rows(measured: dict) -> list[str]:
 def ppo_rows(measured: dict, peak: float | None) -> list[str]:
     if "ppo" not in measured:
         return []
-    work = measured["work"]
-    tokens = work["rows"] * work["new_tokens"]
+    tokens = Work(**measured["work"]).tokens
     labels = {"ppo_trl": "TRL 1.12", "ppo_ours_separate": "separate critic", "ppo_ours": "shared trunk"}
     rows, phases = [], []
     for shape, found in measured["ppo"].items():

@@ -1,8 +1,9 @@
-"""One measured subject in a process of its own: for each line on its input it runs once and answers with one line.
+"""One measured subject in a process of its own: for each line on its input a round, answered with one line.
 
 Run by `rlhf_lessons.bench`, as `python -m rlhf_lessons.bench.worker '{"subject": ..., ...}'`.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -53,9 +54,10 @@ class Channel:
         """A round for each time it is asked: as many runs as filled the first, which warms up. Answers for one run."""
         calls = None
         while self.wait():
-            done, measured = 0, {}
-            while done < calls if calls else not done or self.clock() - self.started < SHORTEST_ROUND:
-                measured, done = run(), done + 1
+            for done in itertools.count(1):
+                measured = run()
+                if done == calls or (calls is None and self.clock() - self.started >= SHORTEST_ROUND):
+                    break
             calls = done
             self.report(calls, **(measured if isinstance(measured, dict) else {}))
 
