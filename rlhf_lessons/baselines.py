@@ -1,8 +1,10 @@
 """What may be subtracted from a return without moving the expected gradient: anything that does not see the action."""
 
+import torch
 from torch import Tensor
 
-from rlhf_lessons.masking import check_same_shape
+from rlhf_lessons.masking import check_same_shape, inverse_deviation
+from rlhf_lessons.policy_gradient import full_precision
 
 
 def leave_one_out_baseline(returns: Tensor) -> Tensor:
@@ -36,3 +38,30 @@ def optimal_baseline(score_norms_sq: Tensor, returns: Tensor) -> Tensor:
     if total.device.type == "cpu" and total == 0:
         raise ValueError("score_norms_sq must have a positive entry; all are 0")
     return (score_norms_sq * returns).sum() / total
+
+
+def group_advantages(rewards: Tensor, group: Tensor, *, scale: str = "group") -> Tensor:
+    """How much better a response was than the others to its prompt, on average.
+
+        A_i = (R_i − mean_g R) / σ,   σ = 1, the group's or the batch's standard deviation
+
+    rewards (N,), group (N,) long, equal for responses to one draw of a prompt -> (N,). scale: "none", "group" or
+    "batch"; deviations are biased, of the centred rewards in the batch's case, and equal rewards give 0. Raises
+    ValueError for unequal shapes or another scale.
+    Source: Shao et al. 2024, "DeepSeekMath", §4.1.2 ("group"); Liu et al. 2025, "Understanding R1-Zero-like training"
+    ("none"); Hu et al. 2025, "REINFORCE++" ("batch").
+    """
+    check_same_shape(rewards=rewards, group=group)
+    if scale not in ("none", "group", "batch"):
+        raise ValueError(f"scale must be one of none, group, batch; got {scale!r}")
+    rewards = full_precision(rewards)
+    _, index, counts = torch.unique(group, return_inverse=True, return_counts=True)
+
+    def group_mean(x: Tensor) -> Tensor:
+        return (torch.zeros_like(counts, dtype=x.dtype).index_add(0, index, x) / counts)[index]
+
+    centred = rewards - group_mean(rewards)
+    if scale == "none":
+        return centred
+    mean = group_mean if scale == "group" else Tensor.mean
+    return centred * inverse_deviation(mean(centred.square()), mean(rewards.square()))

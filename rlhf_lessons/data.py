@@ -4,11 +4,24 @@ Every error is a ValueError that names the file and, where there is one, the lin
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 PREFERENCE_FIELDS = ("prompt", "chosen", "rejected")
+
+
+class Record(dict):
+    """The fields of one line of a file, and its place: "FILE, line N"."""
+
+    def __init__(self, fields: Mapping[str, Any], place: str) -> None:
+        super().__init__(fields)
+        self.place = place
 
 
 def read_lines(path: str | Path) -> list[tuple[int, str]]:
@@ -31,20 +44,23 @@ def read_corpus(path: str | Path) -> list[str]:
     return [line for _, line in read_lines(path)]
 
 
-def read_preferences(path: str | Path) -> list[dict[str, str]]:
-    """JSON lines with the string fields `prompt` (may be empty), `chosen` and `rejected`; other fields are ignored."""
+def read_preferences(path: str | Path) -> list[Record]:
+    """JSON lines with the string fields `prompt` (may be empty), `chosen` and `rejected`."""
     return [json_record(path, number, line, PREFERENCE_FIELDS) for number, line in read_lines(path)]
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """One prompt a line, or JSON lines with a string field `prompt` where the file's name ends in .json or .jsonl."""
+def read_prompts(path: str | Path) -> list[Record]:
+    """One prompt a line, or JSON lines with a string field `prompt` where the file's name ends in .json or .jsonl.
+
+    What else a JSON line holds stays beside its prompt, for a score that asks for it.
+    """
     if Path(path).suffix in (".json", ".jsonl"):
-        return [json_record(path, number, line, ("prompt",))["prompt"] for number, line in read_lines(path)]
-    return [line for _, line in read_lines(path)]
+        return [json_record(path, number, line, ("prompt",)) for number, line in read_lines(path)]
+    return [Record({"prompt": line}, f"{path}, line {number}") for number, line in read_lines(path)]
 
 
-def json_record(path: str | Path, number: int, line: str, fields: tuple[str, ...]) -> dict[str, str]:
-    """The named string fields of one JSON line."""
+def json_record(path: str | Path, number: int, line: str, fields: tuple[str, ...]) -> Record:
+    """One JSON line; the named fields must be strings."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # the latter, and a plain ValueError, for absurd nesting and numbers
@@ -63,7 +79,7 @@ def json_record(path: str | Path, number: int, line: str, fields: tuple[str, ...
             raise ValueError(f'{path}, line {number}: the field "{field}" holds half of a surrogate pair, no character')
         if field != "prompt" and not record[field].strip():
             raise ValueError(f'{path}, line {number}: the field "{field}" must not be empty')
-    return {field: record[field] for field in fields}
+    return Record(record, f"{path}, line {number}")
 
 
 def sentence_openings(texts: list[str], *, words: int) -> list[str]:
@@ -71,7 +87,7 @@ def sentence_openings(texts: list[str], *, words: int) -> list[str]:
     return [" ".join(text.split()[:words]) for text in texts if len(text.split()) > words]
 
 
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
     """Token ids of a prompt; an empty one becomes the begin token alone (the EOS token where there is no other)."""
     ids = tokenizer(prompt).input_ids if prompt else []
     if ids and ids[-1] == tokenizer.eos_token_id:
@@ -80,13 +96,59 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return ids or [begin]
 
 
-def encode_response(tokenizer, prompt: str, response: str) -> list[int]:
+def encode_prompts(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | Mapping[str, Any]],
+    *,
+    max_new_tokens: int,
+    context: float,
+    whose: str = "the model",
+) -> list[list[int]]:
+    """Token ids of each prompt, a text or a record with one.
+
+    Raises ValueError, naming its place, for a prompt that leaves a response no room in the context, or for no prompts.
+    """
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt; got none")
+    encoded = [encode_prompt(tokenizer, prompt if isinstance(prompt, str) else prompt["prompt"]) for prompt in prompts]
+    for number, ids in enumerate(encoded):
+        if len(ids) + max_new_tokens > context:
+            raise ValueError(
+                f"{getattr(prompts[number], 'place', f'prompt {number + 1}')}: a prompt must leave room for "
+                f"max_new_tokens = {max_new_tokens} in {whose}'s context of {context}; got one of {len(ids)} tokens"
+            )
+    return encoded
+
+
+def encode_preferences(
+    tokenizer: "PreTrainedTokenizerBase", preferences: Sequence[Mapping[str, str]], *, context: float
+) -> dict[str, list[list[int]]]:
+    """Token ids of each pair's two texts, prompt, response and EOS, under "chosen" and "rejected".
+
+    Raises ValueError, naming its place, for a text longer than the context, or for no pairs.
+    """
+    if not preferences:
+        raise ValueError("preferences must hold at least one pair; got none")
+    encoded: dict[str, list[list[int]]] = {"chosen": [], "rejected": []}
+    for number, pair in enumerate(preferences):
+        prompt = encode_prompt(tokenizer, pair["prompt"])
+        for side, texts in encoded.items():
+            texts.append(prompt + encode_response(tokenizer, pair["prompt"], pair[side]))
+            if len(texts[-1]) > context:
+                raise ValueError(
+                    f"{getattr(pair, 'place', f'pair {number + 1}')}: prompt and {side} must fit the model's context "
+                    f"of {context}, EOS included; got {len(texts[-1])} tokens"
+                )
+    return encoded
+
+
+def encode_response(tokenizer: "PreTrainedTokenizerBase", prompt: str, response: str) -> list[int]:
     """Token ids of a response to that prompt, EOS last: just what the policy would have had to sample."""
     joined = response if not prompt or prompt[-1].isspace() or response[:1].isspace() else " " + response
     return tokenizer(joined, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
-def decode(tokenizer, tokens: Tensor, mask: Tensor) -> list[str]:
+def decode(tokenizer: "PreTrainedTokenizerBase", tokens: Tensor, mask: Tensor) -> list[str]:
     """Each row's real tokens as text, a begin token in front and an EOS at the end left out. tokens, mask (B, L).
 
     Other special tokens stay visible: a policy that samples them should be scored for it.
@@ -114,7 +176,7 @@ def pad(sequences: list[list[int]], pad_id: int, *, side: str) -> tuple[Tensor, 
     return tokens, mask
 
 
-def train_tokenizer(texts: list[str], *, vocab_size: int):
+def train_tokenizer(texts: list[str], *, vocab_size: int) -> "PreTrainedTokenizerFast":
     """A byte-level BPE tokenizer of at most `vocab_size` tokens, learnt from these texts; pads on the left.
 
     Source: Sennrich et al. 2016, "Neural machine translation of rare words with subword units"; Radford et al. 2019.

@@ -1,34 +1,31 @@
 """The two fits that come before PPO: the language model on text, the reward model on preferences."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_lessons.data import encode_prompt, encode_response, pad
+from rlhf_lessons import tiny_reviews
+from rlhf_lessons.data import encode_preferences, encode_prompt, pad
+from rlhf_lessons.device import autocast, make_accelerator
+from rlhf_lessons.generation import respond
 from rlhf_lessons.masking import masked_mean
-from rlhf_lessons.models import causal_lm_logits
+from rlhf_lessons.models import causal_lm_logits, context_of
 from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.preferences import bradley_terry_loss
+from rlhf_lessons.scoring import preference_accuracy, score_texts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def make_accelerator(device: str = "auto", precision: str = "no"):
-    """An Accelerator for that device; raises ValueError when the machine lacks it. On one CPU it changes nothing."""
-    from accelerate import Accelerator  # takes seconds, and `--help` reads this module
-    from accelerate.state import AcceleratorState
+OnStep = Callable[[int, int, float], None]  # (step, steps, loss)
 
-    available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device not in available:
-        raise ValueError(f"device must be one of {', '.join(available)}; got {device!r}")
-    if not available[device]:
-        raise ValueError(f"device {device!r} is not available on this machine")
-    # accelerate keeps one device and one precision for the process: forget those of an earlier trainer.
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    # Allocated and freed, which teaches glibc to keep freed blocks up to this size: else the system takes every large
-    # one back and hands it out again page by page, thousands of times in an iteration.
-    torch.empty(31 * 2**20, dtype=torch.uint8)
-    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+__all__ = [
+    "annotated_preferences", "fit_language_model", "fit_reward_model", "language_model_loss", "preference_accuracy",
+    "score_texts",
+]  # fmt: skip
 
 
 def length_batches(lengths: list[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -53,8 +50,9 @@ def fit(
     learning_rate: float,
     weight_decay: float = 0.01,
     seed: int = 0,
-    accelerator,
-    on_step=None,
+    device: torch.device,
+    precision: str = "no",
+    on_step: OnStep | None = None,
 ) -> list[float]:
     """Minimise loss_of(row numbers) with AdamW, learning rate warmed up over 5 % of the steps, then linear to 0.
 
@@ -67,7 +65,7 @@ def fit(
         lr=learning_rate,
         betas=(0.9, 0.95),
         weight_decay=weight_decay,
-        fused=accelerator.device.type in ("cpu", "cuda"),
+        fused=device.type in ("cpu", "cuda"),
     )
     steps = max(1, round(epochs * math.ceil(len(lengths) / batch_size)))
     model.train()
@@ -77,7 +75,7 @@ def fit(
             done = len(losses) / steps
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * min((len(losses) + 1) / max(1.0, 0.05 * steps), 1 - done)
-            with accelerator.autocast():
+            with autocast(device, precision):
                 loss = loss_of(rows)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -102,8 +100,8 @@ def language_model_loss(lm: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
 
 def fit_language_model(
     lm: nn.Module,
-    texts: list[str],
-    tokenizer,
+    texts: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     epochs: float,
     batch_size: int = 64,
@@ -112,19 +110,19 @@ def fit_language_model(
     seed: int = 0,
     device: str = "auto",
     precision: str = "no",
-    on_step=None,
+    on_step: OnStep | None = None,
 ) -> list[float]:
     """Train on next-token prediction, each text a row with EOS at its end. Returns the losses, in nats per token.
 
     Texts longer than max_length tokens are cut there, without an EOS.
     """
-    accelerator = make_accelerator(device, precision)
-    lm.to(accelerator.device)
+    place = make_accelerator(device).device
+    lm.to(place)
     sequences = [(encode_prompt(tokenizer, text) + [tokenizer.eos_token_id])[:max_length] for text in texts]
 
     def loss_of(rows: list[int]) -> Tensor:
         tokens, mask = pad([sequences[i] for i in rows], tokenizer.pad_token_id, side="right")
-        return language_model_loss(lm, tokens.to(accelerator.device), mask.to(accelerator.device))
+        return language_model_loss(lm, tokens.to(place), mask.to(place))
 
     return fit(
         lm,
@@ -134,15 +132,16 @@ def fit_language_model(
         batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
-        accelerator=accelerator,
+        device=place,
+        precision=precision,
         on_step=on_step,
     )
 
 
 def fit_reward_model(
     reward_model: nn.Module,
-    preferences: list[dict[str, str]],
-    tokenizer,
+    preferences: Sequence[Mapping[str, str]],
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     epochs: float = 1,
     batch_size: int = 32,
@@ -150,27 +149,21 @@ def fit_reward_model(
     seed: int = 0,
     device: str = "auto",
     precision: str = "no",
-    on_step=None,
+    on_step: OnStep | None = None,
 ) -> list[float]:
     """Train on preferences, {"prompt", "chosen", "rejected"}, by the Bradley–Terry loss. Returns the losses.
 
     One epoch by default: reward models overfit quickly. Afterwards its scores on these texts have mean 0, variance 1.
     Source: Ouyang et al. 2022, §3.5.
     """
-    accelerator = make_accelerator(device, precision)
-    reward_model.to(accelerator.device)
-    encoded = {
-        side: [
-            encode_prompt(tokenizer, pair["prompt"]) + encode_response(tokenizer, pair["prompt"], pair[side])
-            for pair in preferences
-        ]
-        for side in ("chosen", "rejected")
-    }
+    place = make_accelerator(device).device
+    reward_model.to(place)
+    encoded = encode_preferences(tokenizer, preferences, context=context_of(reward_model))
 
     def loss_of(rows: list[int]) -> Tensor:
         both = [encoded["chosen"][i] for i in rows] + [encoded["rejected"][i] for i in rows]
         tokens, mask = pad(both, tokenizer.pad_token_id, side="right")
-        scores = reward_model(tokens.to(accelerator.device), mask.to(accelerator.device))
+        scores = reward_model(tokens.to(place), mask.to(place))
         return bradley_terry_loss(*scores.split(len(rows)))
 
     lengths = [max(len(a), len(b)) for a, b in zip(encoded["chosen"], encoded["rejected"], strict=True)]
@@ -182,7 +175,8 @@ def fit_reward_model(
         batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
-        accelerator=accelerator,
+        device=place,
+        precision=precision,
         on_step=on_step,
     )
     prompts = [pair["prompt"] for pair in preferences for _ in range(2)]
@@ -191,35 +185,11 @@ def fit_reward_model(
     return losses
 
 
-@torch.no_grad()
-def score_texts(
-    reward_model: nn.Module, tokenizer, prompts: list[str], responses: list[str], *, batch_size: int = 256
-) -> Tensor:
-    """A reward model's scores (N,) of texts, on the CPU. Every response is read with an EOS at its end.
-
-    Raises ValueError for a text longer than the model's context.
-    """
-    device = next(reward_model.parameters()).device
-    rows = [
-        encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    context = getattr(reward_model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    longest = max(map(len, rows))
-    if longest > context:
-        raise ValueError(f"a text has {longest} tokens, more than the reward model's context of {context}")
-    scores = []
-    for start in range(0, len(rows), batch_size):
-        tokens, mask = pad(rows[start : start + batch_size], tokenizer.pad_token_id, side="right")
-        scores.append(reward_model(tokens.to(device), mask.to(device)).cpu())
-    return torch.cat(scores)
-
-
-def preference_accuracy(reward_model: nn.Module, preferences: list[dict[str, str]], tokenizer) -> float:
-    """Share of the pairs in which the chosen text scores higher than the rejected one."""
-    prompts = [pair["prompt"] for pair in preferences]
-    chosen, rejected = (
-        score_texts(reward_model, tokenizer, prompts, [pair[side] for pair in preferences])
-        for side in ("chosen", "rejected")
-    )
-    return float((chosen > rejected).float().mean())
+def annotated_preferences(
+    lm: nn.Module, tokenizer: "PreTrainedTokenizerBase", count: int, *, seed: int
+) -> list[dict[str, str]]:
+    """Pairs of a language model's answers to the tiny world's prompts, as its annotators chose between them."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = tiny_reviews.prompts(count, generator)
+    a, b = (respond(lm, tokenizer, prompts, generator=generator) for _ in range(2))
+    return tiny_reviews.preference_pairs(prompts, a, b, generator)

@@ -68,6 +68,15 @@ def masked_whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = T
     return torch.where(mask, white if shift_mean else white + mean, 0)
 
 
+def inverse_deviation(variance: Tensor, mean_square: Tensor) -> Tensor:
+    """1/√(var + ε·E[x²]), ε the square of 16 roundings: what differs by rounding alone is not blown up to size 1.
+
+    variance, mean_square: of the same values, same shape -> that shape. Finite where all values are 0.
+    """
+    info = torch.finfo(variance.dtype)
+    return torch.rsqrt((variance + (16 * info.eps) ** 2 * mean_square).clamp(min=info.tiny))
+
+
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Position of each token counted from its row's first real one, so that left padding shifts nothing.
 

@@ -33,6 +33,11 @@ class LogitsAndValues(NamedTuple):
     values: Tensor  # (B, L)
 
 
+def context_of(model: nn.Module) -> float:
+    """The longest text that a model reads, in tokens; infinite where it has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
 def position_arguments(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
     """The argument that makes left padding harmless, for models that take it (ALiBi models have no position ids)."""
     return {"position_ids": position_ids(attention_mask)} if takes_position_ids(type(model)) else {}
@@ -73,6 +78,7 @@ def mask_arguments(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor
 
     A model that makes the mask itself looks whether anything is padded; on a GPU the host would wait for that.
     """
+    model = getattr(model, "module", model)  # what data parallelism wraps
     ready = attention_mask.device.type == "cuda" and takes_ready_masks(model)
     mask = ready_mask(attention_mask) if ready else attention_mask
     return {"attention_mask": mask} | position_arguments(model, attention_mask)
@@ -228,16 +234,22 @@ class RewardModel(nn.Module):
             self.classifier.save_pretrained(folder)
 
     @classmethod
-    def from_causal_lm(cls, path: str | Path, *, pad_token_id: int, seed: int = 0) -> "RewardModel":
-        """Start from a language model's trunk, its vocabulary head replaced by a single output.
+    def from_causal_lm(cls, lm: nn.Module | str | Path, *, pad_token_id: int, seed: int = 0) -> "RewardModel":
+        """Start from a copy of a language model's trunk (or of a checkpoint's), with a single output as its head.
 
         w is drawn from `seed` with standard deviation 1/√(H+1), so that first scores are of size 1.
         Source: Stiennon et al. 2020, released code.
         """
         from transformers import AutoModelForSequenceClassification
 
-        model = cls(read_checkpoint(AutoModelForSequenceClassification, path, num_labels=1, pad_token_id=pad_token_id))
-        head = model.classifier.score
+        lm = lm if isinstance(lm, nn.Module) else load_causal_lm(lm)
+        config = copy.deepcopy(lm.config)
+        config.num_labels, config.pad_token_id = 1, pad_token_id
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
+            classifier = AutoModelForSequenceClassification.from_config(config, dtype=lm.dtype)
+        classifier.base_model.load_state_dict(lm.base_model.state_dict())
+        model = cls(without_dropout(classifier).eval())
+        head = classifier.score
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1), generator=generator)
         return model
@@ -334,36 +346,6 @@ def with_fast_gelu(model: nn.Module) -> nn.Module:
             if isinstance(child, NewGELUActivation | GELUTanh):
                 setattr(module, name, FastGELU())
     return model
-
-
-def new_kv_cache(lm: nn.Module, length: int):
-    """An empty key-value cache for texts of at most `length` tokens, which a step extends in place.
-
-    Layers that look back over a window only keep Hugging Face's own cache, which is short.
-    """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    class PreallocatedLayer(DynamicLayer):
-        """Room for `length` positions from the first step on; the base class copies all of them at every step."""
-
-        def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-            if not self.is_initialized:
-                self.lazy_initialization(keys, values)
-                self.room = [x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (keys, values)]
-            seen = self.get_seq_length()
-            for room, new in zip(self.room, (keys, values), strict=True):
-                room[:, :, seen : seen + new.shape[2]] = new
-            self.keys, self.values = (room[:, :, : seen + keys.shape[2]] for room in self.room)
-            return self.keys, self.values
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            self.room = [room[indices] for room in self.room]
-            self.keys, self.values = (room[:, :, : self.get_seq_length()] for room in self.room)
-
-    cache = DynamicCache(config=lm.config)
-    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
 
 
 def new_causal_lm(tokenizer, *, layers: int, width: int, heads: int, context: int, seed: int) -> nn.Module:

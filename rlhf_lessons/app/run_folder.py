@@ -16,11 +16,13 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rlhf_lessons import plots
 from rlhf_lessons.models import quiet_transformers
 
 LAST = 5  # iterations over which "at the end" is averaged
@@ -98,7 +100,7 @@ class RunFolder:
                 error.filename = str(path)
             raise
 
-    def save_models(self, name: str, *parts) -> Path:
+    def save_models(self, name: str, *parts: Any) -> Path:
         """Save models and tokenizers that share a folder (anything with save_pretrained), whole or not at all."""
         with self.whole(name) as partial, quiet_transformers():
             try:
@@ -130,46 +132,6 @@ def mean_of_last(rows: list[dict], name: str, last: int = LAST) -> float:
     return sum(values) / len(values)
 
 
-def say(text: str) -> None:
-    """One line to the user, beside the progress bars."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def progress(total: int, label: str) -> Callable[..., None]:
-    """A progress callback: a bar with time left on a terminal, a line every tenth of the way elsewhere.
-
-    The callback takes the number of steps done and the metrics to show, e.g. update(3, KL=2.1).
-    """
-    from tqdm import tqdm
-
-    bar = tqdm(total=total, desc=label, disable=None, leave=True, dynamic_ncols=True)
-
-    def update(done: int, **shown: float) -> None:
-        text = "  ".join(f"{name} {value:.2f}" for name, value in shown.items())
-        if bar.disable:
-            if done * 10 // total > (done - 1) * 10 // total:
-                say(f"{label} {done}/{total}  {text}")
-            return
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return update
-
-
-def progress_of_fit(label: str) -> Callable[[int, int, float], None]:
-    """A progress display for a fit whose number of steps is known at its first one."""
-    show = None
-
-    def on_step(step: int, steps: int, loss: float) -> None:
-        nonlocal show
-        show = show or progress(steps, label)
-        show(step, loss=loss)
-
-    return on_step
-
-
 def samples_table(samples: list[dict]) -> str:
     """Before and after as a Markdown document. samples: dicts with `prompt`, `before`, `after`, each of the last two
     a dict with `text`, `score` and perhaps `gold`."""
@@ -189,8 +151,6 @@ def samples_table(samples: list[dict]) -> str:
 
 def draw_run(folder: RunFolder, rows: list[dict], tokens: list[str], per_token: dict[str, list[float]]) -> None:
     """Write a run's pictures: its curves, and one response token by token."""
-    from rlhf_lessons import plots
-
     plots.use_style()
     with folder.whole("figures") as partial:
         plots.save(plots.training_curves(rows), partial / "training.png")

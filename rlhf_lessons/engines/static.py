@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_lessons.generation import Responses, Sampler, at_temperature, sample_responses, sample_tokens
 from rlhf_lessons.masking import position_ids
 from rlhf_lessons.models import ready_mask, takes_ready_masks
 from rlhf_lessons.policy_gradient import action_log_probs
-from rlhf_lessons.rollout import Responses, at_temperature, sample_responses, sample_tokens
 
 PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that few shapes need a graph of their own
 WARM_UP_STEPS = 2  # run before capture: libraries allocate their workspaces in their first calls
 
 
-class StaticSampler:
+class StaticSampler(Sampler):
     """Takes the place of `sample_responses` on a GPU; keeps a decoder for each shape it has met.
 
     Draws from the same distribution, but for ended rows, too, so a seed gives other tokens once a row has ended.
@@ -47,14 +47,14 @@ class StaticDecoder:
     """Samples responses of one shape: B rows, P prompt positions, T steps, all buffers allocated once."""
 
     def __init__(
-        self, lm: nn.Module, batch: int, prompt_length: int, *, max_new_tokens: int, eos_id: int, pad_id: int,
+        self, lm: nn.Module, batch: int, prompt_length: int, *, max_new_tokens: int, eos_id: int | list[int], pad_id: int,
         temperature: float = 1.0, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         from transformers import StaticCache
 
         device, length = lm.device, prompt_length + max_new_tokens
         self.lm, self.prompt_length, self.temperature, self.generator = lm, prompt_length, temperature, generator
-        self.eos_id, self.pad_id = eos_id, pad_id
+        self.eos_id, self.pad_id = torch.tensor(eos_id, device=device), pad_id
         self.cache = StaticCache(config=lm.config, max_cache_len=length)
         self.visible = torch.zeros(batch, 1, 1, length, dtype=torch.bool, device=device)
         self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -115,7 +115,7 @@ class StaticDecoder:
         self.tokens.index_copy_(1, self.t, chosen[:, None])
         self.mask.index_copy_(1, self.t, ~self.ended[:, None])
         self.log_probs.index_copy_(1, self.t, log_probs[:, None])
-        self.ended.logical_or_(chosen == self.eos_id)
+        self.ended.logical_or_(torch.isin(chosen, self.eos_id))
         self.step_ids.copy_(chosen[:, None])
         self.visible.index_fill_(3, self.t + self.prompt_length, True)
         self.position.add_(1)

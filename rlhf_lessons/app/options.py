@@ -1,8 +1,12 @@
 """The command line: what each command takes, and the help that a newcomer reads."""
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, NoReturn
+
+from rlhf_lessons import __version__
+from rlhf_lessons.config import PRESETS, Settings
 
 EXIT_ERROR = 2
 
@@ -41,22 +45,8 @@ EXAMPLES = {
   python -m rlhf_lessons sample --prompt "the plot was"
   python -m rlhf_lessons sample --policy runs/first/policy --reward-model runs/first/reward_model
 """,
-    "bench": """\
-  OMP_NUM_THREADS=1 python -m rlhf_lessons bench
-  python -m rlhf_lessons bench --parts gae sampling --out /tmp
-  python -m rlhf_lessons bench --gpu
-""",
     "summary": """\
   python -m rlhf_lessons summary runs/*
-""",
-    "equations": """\
-  python -m rlhf_lessons equations
-""",
-    "assets": """\
-  python -m rlhf_lessons assets --out runs/assets
-""",
-    "figures": """\
-  python -m rlhf_lessons figures
 """,
 }
 
@@ -82,31 +72,45 @@ SOURCES = {  # option -> its type, how its value is called, what it is
 }
 
 
+MACHINE = ("seed", "device", "precision")  # settings of PPO that the fits before it share
+USES = {  # command -> the settings that it reads, section by section; None for all of a section's
+    "run": {"pretrain": None, "reward": None, "ppo": None},
+    "pretrain": {"pretrain": None, "ppo": MACHINE},
+    "reward": {"reward": None, "ppo": MACHINE},
+    "ppo": {"ppo": None},
+}
+TITLES = {"pretrain": "a language model trained from scratch", "reward": "the reward model's fit", "ppo": "PPO"}
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line and a pointer to the help, not its whole usage."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 after one line."""
         self.exit(EXIT_ERROR, f"error: {message}\nsee {self.prog} --help\n")
 
 
-def shown(value) -> str:
+def shown(value: Any) -> str:
     """A default as help shows it."""
     if value is None or isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def add_settings(parser: argparse.ArgumentParser, title: str, presets: dict) -> None:
-    """One option per field of a settings dataclass; the preset's value stands where none is given."""
-    group = parser.add_argument_group(title)
+def add_settings(parser: Parser, section: str, names: tuple[str, ...] | None) -> None:
+    """One option per setting of a section; the preset's value stands where none is given."""
+    group = parser.add_argument_group(TITLES[section] if names is None else "where and from which seed")
+    presets = {name: getattr(settings, section) for name, settings in PRESETS.items()}
     for item in fields(presets["tiny"]):
-        option = "--" + item.name.replace("_", "-")
+        if names is not None and item.name not in names:
+            continue
         default, *others = (shown(getattr(preset, item.name)) for preset in presets.values())
         differs = "".join(f"; {name}: {o}" for name, o in zip(list(presets)[1:], others, strict=True) if o != default)
         help = f"{item.metadata['help']} (default: {default}{differs})".replace("%", "%%")
+        option = "--" + item.name.replace("_", "-")
         if isinstance(item.default, bool):
             group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
@@ -115,81 +119,82 @@ def add_settings(parser: argparse.ArgumentParser, title: str, presets: dict) -> 
             group.add_argument(option, type=kind, default=None, metavar=name, help=help)
 
 
-def add_sources(parser: argparse.ArgumentParser, *names: str) -> None:
-    """The options that name what the learner brings; without them the tiny world serves."""
-    group = parser.add_argument_group("your own data and models (the tiny world's where not given)")
-    for name in names:
-        kind, metavar, help = SOURCES[name]
-        group.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=help)
-
-
-def add_command(commands, name: str, help: str, *sources: str, ppo: bool = True) -> argparse.ArgumentParser:
-    """One command with its options; with `ppo` those of a run, too."""
-    from rlhf_lessons.stages import PRESETS
-
-    epilog = f"examples:\n{EXAMPLES[name]}{RUN_FOLDER if ppo else ''}"
+def add_command(commands: Any, name: str, help: str, *sources: str) -> Parser:
+    """One command with the options that it uses."""
+    stage = name in USES
     prog = f"python -m rlhf_lessons {name}"
     sub = commands.add_parser(
         name, prog=prog, usage=f"{prog} [options]", help=help, description=help[0].upper() + help[1:] + ".",
-        epilog=epilog,
+        epilog=f"examples:\n{EXAMPLES[name]}{RUN_FOLDER if stage else ''}",
     )  # fmt: skip
-    if sources:
-        add_sources(sub, *sources)
-    if ppo:
+    group = sub.add_argument_group("your own data and models (the tiny world's where not given)")
+    for source in sources:
+        kind, metavar, text = SOURCES[source]
+        group.add_argument("--" + source.replace("_", "-"), type=kind, metavar=metavar, help=text)
+    if stage:
         sub.add_argument("--out", type=Path, metavar="FOLDER", help="new folder to write (default: runs/ and the time)")
         sub.add_argument(
             "--preset", choices=tuple(PRESETS), default="tiny",
             help="set of defaults. tiny: for a laptop's CPU; small: GPT-2-sized, for a GPU (default: tiny)",
         )  # fmt: skip
-        for number, title in enumerate(("sizes and fits before PPO", "PPO")):
-            add_settings(sub, title, {preset: settings[number] for preset, settings in PRESETS.items()})
+        for section, names in USES[name].items():
+            add_settings(sub, section, names)
     return sub
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """All commands and their options."""
     parser = Parser(
         prog="python -m rlhf_lessons", description=ABOUT, epilog=f"examples:\n{EXAMPLES['']}",
         usage="python -m rlhf_lessons COMMAND [options]",
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"rlhf_lessons {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    whole = add_command(commands, "run", "the whole pipeline, from text to an aligned model and its report", *SOURCES)
+    run = add_command(
+        commands, "run", "the whole pipeline, from text to an aligned model and its report",
+        "corpus", "preferences", "eval_preferences", "prompts", "model", "reward_model", "score",
+    )  # fmt: skip
+    run.add_argument(
+        "--opening-words", type=int, default=3, metavar="N",
+        help="words of a --corpus line that make a prompt; 0: the begin token alone (default: 3)",
+    )  # fmt: skip
     add_command(commands, "pretrain", "train a language model from scratch on text", "corpus")
     add_command(
         commands, "reward", "train a reward model on preferences, from a language model's trunk",
         "model", "preferences", "eval_preferences",
     )  # fmt: skip
-    alone = add_command(
+    ppo = add_command(
         commands, "ppo", "PPO from a language model and a reward", "prompts", "model", "reward_model", "score"
     )
-    for sub in (whole, alone):
+    for sub in (run, ppo):
         sub.add_argument(
             "--critic", choices=("shared", "separate"), default="shared",
             help="whether the critic shares the policy's trunk or has its own (default: shared)",
         )  # fmt: skip
-
+        sub.add_argument(
+            "--sampler", choices=("plain", "static"), default="plain",
+            help="how responses are drawn; static: fixed shapes, on a GPU in a CUDA graph (default: plain)",
+        )  # fmt: skip
     sample = add_command(
         commands, "sample", "responses of a model before and after PPO, side by side, with scores",
-        "prompts", "model", "reward_model", "score", ppo=False,
+        "prompts", "model", "reward_model", "score",
     )  # fmt: skip
     sample.add_argument("--policy", metavar="MODEL", help="the model after PPO (default: the tiny world's)")
     sample.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     sample.add_argument("--count", type=int, default=8, metavar="N", help="responses to show (default: 8)")
     sample.add_argument("--max-new-tokens", type=int, metavar="N", default=24, help="longest response (default: 24)")
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice and the sampling (default: 0)")
-    bench = add_command(commands, "bench", "speed and memory, against peers where they are installed", ppo=False)
-    bench.add_argument("--out", type=Path, metavar="FOLDER", help="where bench.json and bench.md go (default: figures)")
-    bench.add_argument("--parts", nargs="+", metavar="PART", help="startup, gae, sampling, ppo (default: all)")
-    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="after a warm-up, at least 3 (default: 5)")
-    bench.add_argument("--gpu", action="store_true", help="the GPU's measurements, into figures/gpu")
-    table = add_command(commands, "summary", "runs as a Markdown table, a row each", ppo=False)
+    table = add_command(commands, "summary", "runs as a Markdown table, a row each")
     table.usage = f"{table.prog} FOLDER [FOLDER ...]"
     table.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="folders of runs")
-    add_command(commands, "equations", "each numbered equation: its function, its tests, its lesson", ppo=False)
-    assets = add_command(commands, "assets", "rebuild the shipped models and compare them with those", ppo=False)
-    assets.add_argument("--out", type=Path, default=Path("runs/assets"), metavar="FOLDER", help="default: runs/assets")
-    figures = add_command(
-        commands, "figures", "record missing runs over β and seeds, draw the README's pictures", ppo=False
-    )
-    figures.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER", help="default: figures")
     return parser
+
+
+def settings_from(arguments: argparse.Namespace) -> Settings:
+    """The preset's settings with what was given on the command line in their place."""
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    preset = PRESETS[arguments.preset]
+    return Settings(**{
+        section.name: replace(config, **{f.name: given[f.name] for f in fields(config) if f.name in given})
+        for section in fields(Settings) for config in (getattr(preset, section.name),)
+    })  # fmt: skip

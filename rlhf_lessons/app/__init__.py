@@ -1,0 +1,1 @@
+"""The command line: read what was given once, run the stages, keep a run's folder."""

@@ -1,0 +1,235 @@
+"""What the learner brings to a run: files, models, a score of one's own. Each is read once, before anything long begins.
+
+The tiny world serves wherever nothing of one's own is given. What is read is carried, and each line of a file with it
+the place where it stood, so that a text that does not fit can be named later.
+"""
+
+import argparse
+import functools
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rlhf_lessons import data, tiny_reviews
+from rlhf_lessons.device import check_device, make_accelerator
+from rlhf_lessons.display import say
+from rlhf_lessons.models import (
+    ASSETS,
+    CausalLMWithValueHead,
+    context_of,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+)
+from rlhf_lessons.scoring import score_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NUM_PROMPTS = 2000  # drawn from the tiny world, or cut from a corpus
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+MANY_UNKNOWN = 0.2  # share of unknown tokens above which a tokenizer does not know the language it is given
+FILES = {
+    "corpus": data.read_corpus,
+    "preferences": data.read_preferences,
+    "eval_preferences": data.read_preferences,
+    "prompts": data.read_prompts,
+}
+GIVEN = (*FILES, "model", "policy", "reward_model", "score")
+
+Records = Sequence[str | Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as it was loaded, the tokenizer beside it, and how it was called."""
+
+    network: nn.Module
+    tokenizer: "PreTrainedTokenizerBase"
+    name: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a command works on; None stands for what was not given and the tiny world has no need to lend."""
+
+    given: dict[str, str | None]  # how the learner called each
+    corpus: list[str] | None
+    preferences: list[data.Record] | None
+    eval_preferences: list[data.Record] | None
+    prompts: list[data.Record] | None
+    model: Model | None  # to start from
+    policy: Model | None  # to compare with it
+    reward_model: Model | None
+    score: Callable[..., Any] | None
+
+    @property
+    def tiny_world(self) -> bool:
+        """Whether the prompts are the tiny world's, where the gold reward means something."""
+        return self.corpus is None and self.prompts is None and self.preferences is None
+
+
+def resolve(arguments: argparse.Namespace) -> Inputs:
+    """Read every file, import the score, load every model that the command needs; look for the device.
+
+    Raises ValueError for what is wrong with one.
+    """
+    given = {name: getattr(arguments, name, None) for name in GIVEN}
+    command = arguments.command
+    if given["score"] is not None and given["reward_model"] is not None:
+        raise ValueError("give --score or --reward-model, not both")
+    if given["eval_preferences"] is not None and given["preferences"] is None:
+        raise ValueError("--eval-preferences measures the reward model made from --preferences; give that too")
+    check_device(getattr(arguments, "device", None) or "auto")
+    found = {name: path and read(path) for (name, read) in FILES.items() for path in (given[name],)}
+    score = given["score"] and import_score(given["score"])
+    lent = {"model": command != "pretrain" and given["corpus"] is None and "base", "policy": command == "sample" and "aligned",
+            "reward_model": command in ("ppo", "sample") and score is None and "reward_model"}  # fmt: skip
+    loaders = {"model": load_causal_lm, "policy": load_causal_lm, "reward_model": load_reward_model}
+    if command in ("run", "ppo"):  # a policy that was trained before brings its value head
+        loaders["model"] = functools.partial(CausalLMWithValueHead.from_pretrained, critic=arguments.critic)
+    models = {}
+    for name, load in loaders.items():
+        path = given[name] or (lent[name] and ASSETS / lent[name])
+        models[name] = load_model(load, path) if path else None
+    return Inputs(given={k: v and str(v) for k, v in given.items()}, score=score, **found, **models)
+
+
+def load_model(load: Callable[[str | Path], nn.Module], path: str | Path) -> Model:
+    """A model, by one of `models`' loaders, and the tokenizer beside it.
+
+    Raises ValueError when the folder or its tokenizer is missing, or the tokenizer has tokens that the model does not
+    embed.
+    """
+    name = str(path)
+    if not Path(path).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
+        raise ValueError(f"{name}: no such folder")
+    network = load(path)
+    if Path(path).is_dir() and not any(any(Path(path).glob(files)) for files in TOKENIZER_FILES):
+        raise ValueError(f"{name}: no tokenizer is saved there; call tokenizer.save_pretrained on the model's folder")
+    tokenizer = load_tokenizer(path)
+    inner = getattr(network, "classifier", getattr(network, "lm", network))
+    embedded = inner.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embedded:
+        raise ValueError(
+            f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds {embedded}; "
+            "after adding tokens call model.resize_token_embeddings(len(tokenizer)) and save both again"
+        )
+    return Model(network, tokenizer, name)
+
+
+# --- Prompts and preferences ------------------------------------------------------------------------------------------
+
+
+def choose_prompts(inputs: Inputs, *, opening_words: int, seed: int) -> Records:
+    """The prompts of PPO, and a word to the user on which they are."""
+    given = inputs.given
+    if opening_words < 0:
+        raise ValueError(f"opening_words must be a whole number >= 0; got {opening_words}")
+    if inputs.prompts is not None:
+        prompts, kind = inputs.prompts, f"from {given['prompts']}"
+    elif inputs.corpus is not None and opening_words > 0:
+        prompts = data.sentence_openings(inputs.corpus, words=opening_words)[:NUM_PROMPTS]
+        kind = f"the first {opening_words} words of lines in {given['corpus']}"
+        if not prompts:
+            raise ValueError(
+                f"{given['corpus']}: no line has more than {opening_words} words, so none gives a prompt; "
+                "lower --opening-words or give --prompts"
+            )
+    elif inputs.tiny_world:
+        prompts = tiny_reviews.prompts(NUM_PROMPTS, torch.Generator().manual_seed(seed))
+        kind = "openings of tiny reviews"
+    elif inputs.corpus is None:
+        prompts = [data.Record({"prompt": pair["prompt"]}, pair.place) for pair in inputs.preferences]
+        kind = f"those in {given['preferences']}"
+    else:
+        prompts, kind = [""], "the begin token alone"
+    first = prompts[0] if isinstance(prompts[0], str) else prompts[0]["prompt"]
+    say(f"prompts: {len(prompts)}, {kind}; the first is {first!r}")
+    return prompts
+
+
+def check_lengths(
+    inputs: Inputs,
+    tokenizer: "PreTrainedTokenizerBase",
+    model: nn.Module,
+    *,
+    prompts: Records = (),
+    max_new_tokens: int = 0,
+) -> None:
+    """Raise ValueError, naming the file's line, for a prompt or a pair that the model's context has no room for."""
+    context = context_of(model)
+    if prompts:
+        data.encode_prompts(tokenizer, prompts, max_new_tokens=max_new_tokens, context=context)
+    for pairs in (inputs.preferences, inputs.eval_preferences):
+        if pairs is not None:
+            data.encode_preferences(tokenizer, pairs, context=context)
+
+
+def warn_of_unknown(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
+    """Tell the user when a tokenizer does not know much of what a file holds."""
+    if tokenizer.unk_token_id is None:
+        return
+    tokens = [token for ids in tokenizer(list(texts), add_special_tokens=False).input_ids for token in ids]
+    unknown = sum(token == tokenizer.unk_token_id for token in tokens)
+    if unknown > MANY_UNKNOWN * len(tokens):
+        say(
+            f"careful: {unknown / len(tokens):.0%} of the words in {path} are unknown to the model's tokenizer; "
+            "--corpus or --model brings one that knows them"
+        )
+
+
+# --- What PPO maximises -----------------------------------------------------------------------------------------------
+
+
+def choose_score(
+    inputs: Inputs, reward_model: Model | None, tokenizer: "PreTrainedTokenizerBase", *, device: str
+) -> nn.Module | Callable[..., Any]:
+    """What PPO maximises: one's own function, or a reward model (on the tokens if it shares the tokenizer)."""
+    if inputs.score is not None:
+        return inputs.score
+    if reward_model.tokenizer.get_vocab() == tokenizer.get_vocab():
+        return reward_model.network
+    if Path(reward_model.name) == ASSETS / "reward_model":
+        raise ValueError("give --reward-model or --score: the shipped reward model knows the tiny world's words only")
+    network = reward_model.network.to(make_accelerator(device).device)
+    return lambda prompts, responses: score_texts(network, reward_model.tokenizer, prompts, responses)
+
+
+def import_score(name: str) -> Callable[..., Any]:
+    """The function that `module:function` names, the module found from the working directory.
+
+    What the function raises comes out as ValueError, with its type, its message and its place.
+    """
+    module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+        function = getattr(module, function_name)
+    except Exception as error:  # whatever a module of the learner's own may raise
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--score must be module:function, importable from here; got {name!r} ({reason})") from error
+    if not callable(function):
+        raise ValueError(f"--score must name a function; got {name}, which is {type(function).__name__}")
+
+    @functools.wraps(function)
+    def score(*arguments: Any, **columns: Any) -> Any:
+        try:
+            return function(*arguments, **columns)
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            place = ([f for f in frames if f.filename == getattr(module, "__file__", None)] or frames)[-1]
+            raise ValueError(
+                f"--score {name} raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+            ) from error
+
+    return score

@@ -1,0 +1,204 @@
+"""The settings of every trainer and fit, in the field's usual names: a sentence a field, its type and range checked when made.
+
+A setting out of range raises ValueError: "x must be …; got …".
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+
+class Allowed(NamedTuple):
+    """What a setting may be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def is_number(x: Any) -> bool:
+    """A real number that is no truth value and not NaN."""
+    return isinstance(x, Real) and not isinstance(x, bool) and not math.isnan(x)
+
+
+def is_whole(x: Any) -> bool:
+    """An integer that is no truth value."""
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+COUNT = Allowed("a whole number >= 1", lambda x: is_whole(x) and x >= 1)
+WHOLE = Allowed("a whole number >= 0", lambda x: is_whole(x) and x >= 0)
+POSITIVE = Allowed("a number > 0", lambda x: is_number(x) and 0 < x < math.inf)
+LIMIT = Allowed("a number > 0", lambda x: is_number(x) and x > 0)  # infinity: no limit
+NOT_NEGATIVE = Allowed("a number >= 0", lambda x: is_number(x) and 0 <= x < math.inf)
+SHARE = Allowed("a number between 0 and 1", lambda x: is_number(x) and 0 <= x <= 1)
+OPTIONAL = Allowed("a number > 0, or None", lambda x: x is None or POSITIVE.holds(x))
+SWITCH = Allowed("True or False", lambda x: isinstance(x, bool))
+
+
+def one_of(*choices: str) -> Allowed:
+    """One of these words."""
+    return Allowed(f"one of {', '.join(choices)}", lambda x: x in choices)
+
+
+def setting(default: Any, allowed: Allowed, help: str) -> Any:
+    """A field with what it may be and the sentence that explains it, here and in `--help`."""
+    return field(default=default, metadata={"allowed": allowed, "help": help})
+
+
+def require(name: str, value: Any, holds: bool, expected: str) -> None:
+    """Raise ValueError, naming the setting, unless it holds."""
+    if not holds:
+        raise ValueError(f"{name} must be {expected}; got {value!r}")
+
+
+def check_settings(config: Any) -> None:
+    """Raise ValueError for the first field of a settings dataclass that is not what it may be."""
+    for item in fields(config):
+        allowed, value = item.metadata["allowed"], getattr(config, item.name)
+        require(item.name, value, allowed.holds(value), allowed.words)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """What all on-policy methods share."""
+
+    num_iterations: int = setting(50, COUNT, "iterations: a batch of responses and the updates from it")
+    batch_size: int = setting(128, COUNT, "responses in an iteration, over all processes")
+    samples_per_prompt: int = setting(1, COUNT, "responses to each prompt that is drawn")
+    minibatch_size: int = setting(32, COUNT, "responses in one optimiser step, over all processes")
+    gradient_accumulation_steps: int = setting(1, COUNT, "pieces in which a minibatch is computed, to save memory")
+    ppo_epochs: int = setting(4, COUNT, "passes over each batch")
+    max_new_tokens: int = setting(24, COUNT, "longest response, in tokens, EOS included")
+    temperature: float = setting(1.0, POSITIVE, "of sampling and, the same, of scoring")
+    learning_rate: float = setting(1e-3, POSITIVE, "of AdamW at the start")
+    lr_schedule: str = setting("linear", one_of("linear", "constant"), "linear (to 0 over the run) or constant")
+    max_grad_norm: float = setting(1.0, LIMIT, "gradients are scaled down to this norm")
+    clip_eps: float = setting(0.2, LIMIT, "ε of the policy's clip range")
+    ent_coef: float = setting(0.0, NOT_NEGATIVE, "weight of the entropy bonus")
+    kl_coef: float = setting(
+        0.1, NOT_NEGATIVE, "β: price of one nat of KL from the reference; the first one if adaptive"
+    )
+    adaptive_kl_target: float | None = setting(None, OPTIONAL, "KL per response, in nats, that β is steered to")
+    adaptive_kl_horizon: int = setting(10000, COUNT, "responses over which that steering works")
+    target_kl: float | None = setting(
+        None, OPTIONAL, "leave an iteration's epochs early when the update's own KL per token is 1.5 times this"
+    )
+    missing_eos_penalty: float = setting(1.0, NOT_NEGATIVE, "subtracted from the score of a response that did not end")
+    missing_eos_mode: str = setting(
+        "subtract",
+        one_of("subtract", "replace"),
+        "subtract the penalty from the score, or replace the score by its negative",
+    )
+    precision: str = setting(
+        "no", one_of("no", "bf16"), "no (float32) or bf16 (autocast; log-probabilities and losses stay float32)"
+    )
+    device: str = setting("auto", one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps")
+    seed: int = setting(0, WHOLE, "of prompts, sampling and shuffling")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        require("kl_coef", self.kl_coef, self.adaptive_kl_target is None or self.kl_coef > 0,
+                "a number > 0 when it is adaptive")  # fmt: skip
+        for whole, part in (
+            ("batch_size", "minibatch_size"),
+            ("batch_size", "samples_per_prompt"),
+            ("minibatch_size", "gradient_accumulation_steps"),
+        ):
+            size = getattr(self, part)
+            require(whole, getattr(self, whole), getattr(self, whole) % size == 0, f"a multiple of {part} = {size}")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Responses in one forward and backward pass."""
+        return self.minibatch_size // self.gradient_accumulation_steps
+
+    @property
+    def scored_rows(self) -> int:
+        """Responses in one pass without a gradient: twice those of a training step, which keeps all logits."""
+        return 2 * self.micro_batch_size
+
+
+@dataclass(frozen=True)
+class PPOConfig(TrainerConfig):
+    """All numbers of PPO."""
+
+    gamma: float = setting(1.0, SHARE, "discount per token")
+    gae_lambda: float = setting(0.95, SHARE, "λ of generalised advantage estimation")
+    value_clip_eps: float = setting(0.2, LIMIT, "ε of the critic's clip range")
+    vf_coef: float = setting(0.1, NOT_NEGATIVE, "weight of the value loss")
+    whiten_advantages: bool = setting(True, SWITCH, "scale each batch's advantages to mean 0, variance 1")
+    normalize_scores: bool = setting(False, SWITCH, "scale each batch's scores to variance 1, their mean kept")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("batch_size", self.batch_size, not self.whiten_advantages or self.batch_size >= 8,
+                "at least 8 to whiten advantages")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GroupConfig(TrainerConfig):
+    """All numbers of the methods that compare several responses to one prompt instead of asking a critic."""
+
+    samples_per_prompt: int = setting(
+        8, Allowed("a whole number >= 2", lambda x: is_whole(x) and x >= 2), "responses to each prompt that is drawn"
+    )
+    advantage_scale: str = setting(
+        "group",
+        one_of("none", "group", "batch"),
+        "GRPO's advantages over: nothing, their group's standard deviation, or the batch's",
+    )
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Sizes of a language model trained from scratch, and its fit. Tokens are of the tokenizer; batches count texts."""
+
+    layers: int = setting(4, COUNT, "layers of a language model trained from scratch")
+    width: int = setting(192, COUNT, "its hidden size")
+    heads: int = setting(6, COUNT, "its attention heads")
+    context: int = setting(128, COUNT, "its longest text, in tokens")
+    vocab_size: int = setting(4000, COUNT, "tokens of a tokenizer trained on --corpus")
+    lm_epochs: float = setting(8.0, POSITIVE, "passes over --corpus")
+    lm_batch_size: int = setting(32, COUNT, "texts in a step")
+    lm_learning_rate: float = setting(2e-3, POSITIVE, "of AdamW, at its highest")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        require("width", self.width, self.width % self.heads == 0, f"a multiple of heads = {self.heads}")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The fit of a reward model to preferences."""
+
+    num_preferences: int = setting(4000, COUNT, "pairs that the tiny world's annotators compare")
+    reward_epochs: float = setting(1.0, POSITIVE, "passes over the preferences")
+    reward_batch_size: int = setting(16, COUNT, "pairs in a step")
+    reward_learning_rate: float = setting(1e-3, POSITIVE, "of AdamW, at its highest")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a whole run."""
+
+    pretrain: PretrainConfig = PretrainConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PPOConfig = PPOConfig()
+
+
+PRESETS = {
+    "tiny": Settings(),
+    "small": Settings(
+        PretrainConfig(
+            layers=12, width=768, heads=12, context=128, vocab_size=8000, lm_epochs=6.0, lm_batch_size=64,
+            lm_learning_rate=6e-4,
+        ),
+        RewardConfig(reward_batch_size=64, reward_learning_rate=5e-5),
+        PPOConfig(batch_size=512, minibatch_size=128, max_new_tokens=48, learning_rate=2e-5, precision="bf16"),
+    ),
+}  # fmt: skip

@@ -1,0 +1,51 @@
+"""Where models run, in what precision and in how many processes: the one place that talks to accelerate."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def check_device(device: str) -> str:
+    """The type of device that is meant: "cpu", "cuda" or "mps". Raises ValueError when this machine lacks it."""
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}; got {device!r}")
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name, available in found.items() if available)
+    if not found[device]:
+        raise ValueError(f"device must be one that this machine has; got {device!r}, which is not available")
+    return device
+
+
+def make_accelerator(device: str = "auto") -> "Accelerator":
+    """An Accelerator for that device; raises ValueError when the machine lacks it. On one CPU it changes nothing.
+
+    Precision is `autocast`'s alone, so that trainers of different precision can live in one process.
+    """
+    from accelerate import Accelerator  # takes seconds, and `--help` reads this module
+    from accelerate.state import AcceleratorState, PartialState
+
+    wanted = check_device(device)
+    state = AcceleratorState._shared_state | PartialState._shared_state
+    settled = not state or (state["device"].type == wanted and state.get("_mixed_precision", "no") == "no")
+    if not settled and not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one device for the whole process
+    return Accelerator(cpu=wanted == "cpu", mixed_precision="no")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which models run: bfloat16 where `precision` is "bf16", as they are where it is "no"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def keep_freed_memory() -> None:
+    """Teach glibc to keep freed blocks of up to 31 MB for the next iteration; for the start of a process.
+
+    Else the system takes every large one back and hands it out again page by page, thousands of times in an iteration.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # allocated and freed, which raises glibc's threshold

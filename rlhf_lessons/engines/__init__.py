@@ -1,0 +1,1 @@
+"""Samplers by another engine, imported only when asked for."""

@@ -1,0 +1,248 @@
+"""From prompts to responses: what a sampler is, and ours, which reads each token once through a key-value cache.
+
+Shapes: B rows, P prompt positions (padded on the left), T response positions (padded on the right), V words.
+The temperature stands here alone, for sampling and for scoring: `at_temperature`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_lessons.data import decode, encode_prompts, pad
+from rlhf_lessons.models import context_of, position_arguments, takes_ready_masks
+from rlhf_lessons.policy_gradient import action_log_probs, full_precision
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What a sampler returns; T is the length of the longest response."""
+
+    tokens: Tensor  # (B, T) padded with pad_id
+    mask: Tensor  # (B, T) True on sampled tokens, EOS included
+    log_probs: Tensor  # (B, T) at the sampling temperature, 0 where mask is False
+    ended: Tensor  # (B,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Prompts with a response each, before anything is said about them."""
+
+    tokens: Tensor  # (B, P+T) prompt and response, padded with pad_id on both sides
+    attention_mask: Tensor  # (B, P+T) True on real tokens
+    response_mask: Tensor  # (B, T) True on sampled tokens, EOS included
+    sampler_log_probs: Tensor  # (B, T) of the sampled tokens, as the sampler gave them
+    ended: Tensor  # (B,) True where the response ends in EOS, False where it was cut off
+    group: Tensor  # (B,) which of this iteration's draws of a prompt the row answers
+    records: tuple[Mapping[str, Any], ...]  # B of them: the row's prompt and whatever columns came with it
+    prompt_length: int  # P
+
+    def __len__(self) -> int:
+        """B."""
+        return self.tokens.shape[0]
+
+    @property
+    def responses(self) -> Tensor:
+        """The sampled tokens, padded on the right: (B, T)."""
+        return self.tokens[:, self.prompt_length :]
+
+    def texts(self, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[str], list[str]]:
+        """Prompts and responses as text: begin token and final EOS stripped, any other token shown."""
+        split = self.prompt_length
+        return (
+            decode(tokenizer, self.tokens[:, :split], self.attention_mask[:, :split]),
+            decode(tokenizer, self.responses, self.response_mask),
+        )
+
+    def minibatches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Self]:
+        """The rows in a fresh random order (or as they stand, without a generator), `size` at a time."""
+        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        for rows in order.split(size):
+            yield self.rows(rows)
+
+    def rows(self, rows: Tensor) -> Self:
+        """The batch of these rows alone. rows: (N,) long."""
+        values, where = {field.name: getattr(self, field.name) for field in fields(self)}, rows.to(self.tokens.device)
+        values = {k: v[where] if isinstance(v, Tensor) else v for k, v in values.items()}
+        return type(self)(**values | {"records": tuple(self.records[row] for row in rows.tolist())})
+
+
+class Sampler:
+    """Draws responses by another engine: the base of what takes the place of `sample_responses`."""
+
+    exact = True  # False: its log-probabilities are not the policy's to 1e-4, so the policy scores its tokens anew
+
+    def __call__(self, lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Responses:
+        """Arguments and result of `sample_responses`."""
+        raise NotImplementedError
+
+    def update(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Take the policy's weights, by name, before the next batch; nothing to do where they are read in place."""
+
+
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """The logits that are sampled from, and so the ones to score by: in float32 at least, over the temperature."""
+    logits = full_precision(logits)
+    return logits if temperature == 1 else logits / temperature  # over a whole vocabulary a copy is worth sparing
+
+
+def sample_tokens(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token per row from softmax(logits), by inverting the cumulative distribution. (B, V) -> (B,) long.
+
+    The first token whose cumulative probability exceeds u ~ U[0, 1).
+    """
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    u = torch.rand(total.shape, generator=generator, device=logits.device, dtype=logits.dtype) * total
+    # u·total may round up to total itself, past every token that has probability.
+    chosen = torch.searchsorted(cumulative, u.minimum(total.nextafter(torch.zeros_like(total))), right=True).squeeze(-1)
+    return chosen.clamp(max=logits.shape[-1] - 1)  # only NaN goes beyond; the loss, NaN too, will tell of it
+
+
+@torch.no_grad()
+def sample_responses(
+    lm: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    max_new_tokens: int,
+    eos_id: int | Sequence[int],
+    pad_id: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Responses:
+    """Continue each prompt with tokens drawn from softmax(logits / temperature), until EOS or max_new_tokens.
+
+    lm: any Hugging Face causal language model; input_ids, attention_mask (B, P), padded on the left; eos_id: the token
+    that ends a response, or several. The prompt is read once, then each step reads one token through the model's own
+    key-value cache; rows that have ended leave the cache. No top-k or top-p: the log-probabilities are those of the
+    distribution that was sampled from. Raises ValueError when a row's last prompt position is padding.
+    """
+    if attention_mask.device.type == "cpu" and not attention_mask[:, -1].all():
+        raise ValueError("attention_mask must end in a real token in every row: pad prompts on the left; got padding")
+    batch, prompt_length = input_ids.shape
+    tokens = input_ids.new_full((batch, max_new_tokens), pad_id)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    log_probs = torch.zeros_like(tokens, dtype=torch.promote_types(lm.dtype, torch.float32))
+    ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)
+    ends = torch.tensor(eos_id, device=tokens.device)
+    rows = torch.arange(batch, device=tokens.device)  # the row of `tokens` that each row of the cache belongs to
+    visible = F.pad(attention_mask.bool(), (0, max_new_tokens), value=True)
+    positions = position_arguments(lm, visible)
+    cache, ready_masks = new_kv_cache(lm, visible.shape[1]), takes_ready_masks(lm)
+    step_ids, read = input_ids, slice(0, prompt_length)
+    for t in range(max_new_tokens):
+        seen = visible[:, : read.stop]
+        output = lm(
+            input_ids=step_ids,
+            attention_mask=seen[:, None, None] if ready_masks and t > 0 else seen,  # spares the model making one
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **{name: whole[:, read] for name, whole in positions.items()},
+        )
+        logits = at_temperature(output.logits[:, -1], temperature)
+        chosen = sample_tokens(logits, generator)
+        tokens[rows, t] = chosen
+        mask[rows, t] = True
+        log_probs[rows, t] = action_log_probs(logits, chosen)
+        done = torch.isin(chosen, ends)
+        ended[rows] = done
+        step_ids, read = chosen[:, None], slice(prompt_length + t, prompt_length + t + 1)
+        if done.any():
+            keep = (~done).nonzero().squeeze(-1)
+            if len(keep) == 0:
+                break
+            cache.batch_select_indices(keep)
+            rows, step_ids, visible = rows[keep], step_ids[keep], visible[keep]
+            positions = position_arguments(lm, visible)
+    length = t + 1
+    return Responses(tokens[:, :length], mask[:, :length], log_probs[:, :length], ended)
+
+
+def new_kv_cache(lm: nn.Module, length: int) -> "DynamicCache":
+    """An empty key-value cache for texts of at most `length` tokens, which a step extends in place.
+
+    Layers that look back over a window only keep Hugging Face's own cache, which is short.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class PreallocatedLayer(DynamicLayer):
+        """Room for `length` positions from the first step on; the base class copies all of them at every step."""
+
+        def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+                self.room = [x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (keys, values)]
+            seen = self.get_seq_length()
+            for room, new in zip(self.room, (keys, values), strict=True):
+                room[:, :, seen : seen + new.shape[2]] = new
+            self.keys, self.values = (room[:, :, : seen + keys.shape[2]] for room in self.room)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            self.room = [room[indices] for room in self.room]
+            self.keys, self.values = (room[:, :, : self.get_seq_length()] for room in self.room)
+
+    cache = DynamicCache(config=lm.config)
+    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def sample_batch(
+    lm: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    sample: Callable[..., Responses] | None = None,
+    group: Tensor | None = None,
+    records: Sequence[Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> Samples:
+    """Prompts (B, P) with a response each, by `sample_responses` or what takes its place.
+
+    group (B,): the draw that each row answers, each its own without it; records: the rows' prompts with their columns;
+    options: those of `sample_responses`.
+    """
+    prompt_mask = attention_mask.bool()
+    responses = (sample or sample_responses)(lm, input_ids, prompt_mask, **options)
+    return Samples(
+        tokens=torch.cat([input_ids, responses.tokens], dim=1),
+        attention_mask=torch.cat([prompt_mask, responses.mask], dim=1),
+        response_mask=responses.mask,
+        sampler_log_probs=responses.log_probs,
+        ended=responses.ended,
+        group=torch.arange(len(input_ids), device=input_ids.device) if group is None else group,
+        records=({},) * len(input_ids) if records is None else tuple(records),
+        prompt_length=input_ids.shape[1],
+    )
+
+
+def respond(
+    lm: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 24,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    batch_size: int = 512,
+) -> list[str]:
+    """A sampled response to each prompt, as text. Raises ValueError for a prompt too long for the model's context."""
+    encoded = encode_prompts(tokenizer, prompts, max_new_tokens=max_new_tokens, context=context_of(lm))
+    texts = []
+    for start in range(0, len(encoded), batch_size):
+        input_ids, mask = pad(encoded[start : start + batch_size], tokenizer.pad_token_id, side="left")
+        responses = sample_responses(
+            lm, input_ids.to(lm.device), mask.to(lm.device), max_new_tokens=max_new_tokens,
+            eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, temperature=temperature, generator=generator,
+        )  # fmt: skip
+        texts += decode(tokenizer, responses.tokens, responses.mask)
+    return texts

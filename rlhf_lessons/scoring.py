@@ -1,0 +1,137 @@
+"""What a response is worth: a scorer, which is a reward model on the tokens or a function of the texts; never both."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lessons.data import encode_prompt, encode_response, pad
+from rlhf_lessons.generation import Samples
+from rlhf_lessons.models import context_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Scorer:
+    """Scores (B,) of a whole batch, in one call, since a reward may compare responses. The base of one's own."""
+
+    def __call__(self, samples: Samples) -> Tensor:
+        """Scores (B,) of these samples, finite."""
+        raise NotImplementedError
+
+
+class ModelScorer(Scorer):
+    """A reward model that shares the policy's tokenizer and reads its tokens; frozen here.
+
+    rows: how many it reads at once, which bounds the memory taken; None for all.
+    """
+
+    def __init__(self, model: nn.Module, *, rows: int | None = None) -> None:
+        self.model, self.rows = model.requires_grad_(False).eval(), rows
+
+    def __call__(self, samples: Samples) -> Tensor:
+        """The model's scores (B,). Raises ValueError for one that is not finite."""
+        size = self.rows or len(samples)
+        chunks = zip(samples.tokens.split(size), samples.attention_mask.split(size), strict=True)
+        return finite(torch.cat([self.model(*chunk) for chunk in chunks]))
+
+
+class TextScorer(Scorer):
+    """A function (prompts, responses) -> one number each, of two lists of texts, EOS stripped.
+
+    Where the prompts came with columns of their own, it gets those that its arguments name, as lists.
+    """
+
+    def __init__(self, function: Callable[..., Any], tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.function, self.tokenizer = function, tokenizer
+        self.columns = list(inspect.signature(function).parameters)[2:]
+
+    def __call__(self, samples: Samples) -> Tensor:
+        """The function's scores (B,). Raises ValueError for what is no finite number per response."""
+        known = {name for record in samples.records for name in record}
+        columns = {name: [r.get(name) for r in samples.records] for name in self.columns if name in known}
+        scores = self.function(*samples.texts(self.tokenizer), **columns)
+        return as_scores(scores, len(samples), samples.tokens.device)
+
+
+def as_scorer(
+    score: Scorer | nn.Module | Callable[..., Any], tokenizer: "PreTrainedTokenizerBase", *, rows: int | None = None
+) -> Scorer:
+    """A scorer as it is, a reward model or a function of texts as the scorer made of it."""
+    if isinstance(score, Scorer):
+        return score
+    if isinstance(score, nn.Module):
+        return ModelScorer(score, rows=rows)
+    return TextScorer(score, tokenizer)
+
+
+def as_scores(scores: Any, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """What a scorer returned as a tensor (count,). Raises ValueError unless it is that many finite numbers."""
+    try:
+        scores = torch.as_tensor(scores, dtype=torch.get_default_dtype(), device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"scores must be numbers, one per response; got {scores!r:.80}") from error
+    if scores.shape != (count,):
+        raise ValueError(f"scores must be one number per response, ({count},); got {tuple(scores.shape)}")
+    return finite(scores)
+
+
+def finite(scores: Tensor) -> Tensor:
+    """The scores as they are. Raises ValueError when one is not finite."""
+    if not scores.isfinite().all():
+        raise ValueError("scores must be finite numbers; got NaN or infinity")
+    return scores
+
+
+def missing_eos_scores(scores: Tensor, ended: Tensor, *, penalty: float, mode: str = "subtract") -> Tensor:
+    """Scores (B,) with the price of not having ended: `penalty` subtracted, or −penalty in the score's place.
+
+    mode: "subtract" (TRL) or "replace" (Ziegler et al. 2019); raises ValueError for another.
+    """
+    if mode not in ("subtract", "replace"):
+        raise ValueError(f'mode must be "subtract" or "replace"; got {mode!r}')
+    penalised = scores - penalty if mode == "subtract" else torch.full_like(scores, -penalty)
+    return torch.where(ended, scores, penalised)
+
+
+@torch.no_grad()
+def score_texts(
+    reward_model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    batch_size: int = 256,
+) -> Tensor:
+    """A reward model's scores (N,) of texts, on the CPU. Every response is read with an EOS at its end.
+
+    Raises ValueError for a text longer than the model's context.
+    """
+    device = next(reward_model.parameters()).device
+    rows = [
+        encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    longest, context = max(map(len, rows)), context_of(reward_model)
+    if longest > context:
+        raise ValueError(f"texts must have at most {context} tokens, the reward model's context; got one of {longest}")
+    scores = []
+    for start in range(0, len(rows), batch_size):
+        tokens, mask = pad(rows[start : start + batch_size], tokenizer.pad_token_id, side="right")
+        scores.append(reward_model(tokens.to(device), mask.to(device)).cpu())
+    return torch.cat(scores)
+
+
+def preference_accuracy(
+    reward_model: nn.Module, preferences: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase"
+) -> float:
+    """Share of the pairs in which the chosen text scores higher than the rejected one."""
+    prompts = [pair["prompt"] for pair in preferences]
+    chosen, rejected = (
+        score_texts(reward_model, tokenizer, prompts, [pair[side] for pair in preferences])
+        for side in ("chosen", "rejected")
+    )
+    return float((chosen > rejected).float().mean())
