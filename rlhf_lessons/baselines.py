@@ -36,7 +36,7 @@ def optimal_baseline(score_norms_sq: Tensor, returns: Tensor) -> Tensor:
         raise ValueError(f"returns must be (N,); got shape {tuple(returns.shape)}")
     total = score_norms_sq.sum()
     if total.device.type == "cpu" and total == 0:
-        raise ValueError("score_norms_sq must have a positive entry; all are 0")
+        raise ValueError("score_norms_sq must have a positive entry; got only 0")
     return (score_norms_sq * returns).sum() / total
 
 

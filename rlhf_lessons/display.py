@@ -35,7 +35,7 @@ def source_of(function: Callable, *, docstring: bool = False) -> str:
     try:
         source = textwrap.dedent(inspect.getsource(function)).rstrip()
     except (TypeError, OSError) as error:
-        raise ValueError(f"function: expected a Python function or class; got {type(function).__name__}") from error
+        raise ValueError(f"function must be a Python function or class; got {type(function).__name__}") from error
     return source if docstring else with_short_docstrings(source)
 
 
@@ -60,7 +60,7 @@ def equation_table(*functions: Callable) -> None:
     Raises ValueError for a function without one.
     """
     if not functions:
-        raise ValueError("functions: expected at least one; got none")
+        raise ValueError("functions must hold at least one; got none")
     rows = [(label, name_of(f), equation) for f in functions for label, equation in equations_of(f)]
     rows.sort(key=lambda row: [int(part) for part in row[0].split(".")])
     print(aligned([(f"(Eq. {label})", name, equation) for label, name, equation in rows]))
@@ -74,7 +74,7 @@ def equations_of(function: Callable) -> list[tuple[str, str]]:
         if labels:
             found.append((labels[0], " ".join(LABEL.sub(" ", paragraph).split())))
     if not found:
-        raise ValueError(f'functions: expected a docstring with "(Eq. n.m)"; {function.__qualname__} has none')
+        raise ValueError(f'functions must have "(Eq. n.m)" in their docstrings; got none in {function.__qualname__}')
     return found
 
 
@@ -119,12 +119,12 @@ def token_table(tokens: Sequence[str], quantities: dict[str, Sequence | Tensor],
     Raises ValueError when a quantity has not one number per token.
     """
     if not tokens:
-        raise ValueError("tokens: expected at least one; got none")
+        raise ValueError("tokens must hold at least one; got none")
     columns = []
     for name, values in quantities.items():
         values = values.tolist() if isinstance(values, Tensor) else list(values)
         if len(values) != len(tokens):
-            raise ValueError(f"quantities[{name!r}]: expected {len(tokens)} numbers, one per token; got {len(values)}")
+            raise ValueError(f"quantities[{name!r}] must have {len(tokens)} numbers, one per token; got {len(values)}")
         columns.append([number(value, digits) for value in values])
     rows = [[str(t), visible(token), *cells] for t, (token, *cells) in enumerate(zip(tokens, *columns, strict=True))]
     print(aligned([["t", "token", *quantities], *rows], numbers_from=2))
@@ -155,7 +155,7 @@ def compare_texts(
     counted += [(f"scores[{name!r}]", side) for name, sides in pairs.items() for side in sides]
     for name, values in counted:
         if len(values) != len(prompts):
-            raise ValueError(f"{name}: expected {len(prompts)} entries, one per prompt; got {len(values)}")
+            raise ValueError(f"{name} must have {len(prompts)} entries, one per prompt; got {len(values)}")
     print(f"{'before':<{width}} | after")
     for i, prompt in enumerate(prompts):
         print(f"{'-' * width}-+-{'-' * width}")
@@ -184,7 +184,7 @@ class Progress:
 
     def __init__(self, total: int, *, unit: str = "iterations", show: dict[str, str] | None = None) -> None:
         if total < 1:
-            raise ValueError(f"total: expected at least 1; got {total}")
+            raise ValueError(f"total must be at least 1; got {total}")
         self.total, self.unit = total, unit
         self.show = {"reward": "score", "KL": "kl"} if show is None else show
         self.step, self.metrics, self.closed = 0, {}, False

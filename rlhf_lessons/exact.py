@@ -84,7 +84,7 @@ def exact_expectation(
     _check_sums_to_one(probs.sum(), "the probabilities of `sequences`")
     values = f(sequences) if callable(f) else f
     if values.shape[:1] != probs.shape:
-        raise ValueError(f"f: expected shape ({len(probs)}, ...), got {tuple(values.shape)}")
+        raise ValueError(f"f must have shape ({len(probs)}, ...); got {tuple(values.shape)}")
     probs = probs.view(-1, *[1] * (values.dim() - 1))
     return (probs * torch.where(probs > 0, values, 0)).sum(dim=0)
 
@@ -114,7 +114,7 @@ def per_sample_gradients(outputs: Tensor, params: Tensor | Sequence[Tensor]) -> 
     Raises: ValueError if outputs is not differentiable.
     """
     if not outputs.requires_grad:
-        raise ValueError("outputs: expected a tensor that depends on params, got a constant")
+        raise ValueError("outputs must be a tensor that depends on params; got a constant")
     params = [params] if isinstance(params, Tensor) else list(params)
     flat, rows = outputs.flatten(), []
     for i in range(len(flat)):  # no vmap: this works for any model
@@ -134,7 +134,7 @@ def optimal_policy(ref_log_probs: Tensor, rewards: Tensor, *, kl_coef: float) ->
     Source: Rafailov et al. 2023, "Direct Preference Optimization", section 4 and appendix A.1.
     """
     if not kl_coef > 0:
-        raise ValueError(f"kl_coef: expected a number above 0, got {kl_coef}")
+        raise ValueError(f"kl_coef must be positive; got {kl_coef}")
     _check_shape(rewards, ref_log_probs.shape, "rewards")
     totals = ref_log_probs.double().exp().sum(dim=-1)
     _check_sums_to_one(totals, "exp(ref_log_probs) over its last axis")
@@ -265,11 +265,11 @@ class TabularPolicy(nn.Module):
         """Row of `logits` that holds each state s_t: (N, T) -> (N, T), for T up to L."""
         if sequences.dim() != 2 or not 1 <= sequences.shape[1] <= self.length:
             shape = tuple(sequences.shape)
-            raise ValueError(f"sequences: expected shape (N, 1..{self.length}), got {shape}")
+            raise ValueError(f"sequences must have shape (N, 1..{self.length}); got {shape}")
         tokens = torch.where(eos_mask(sequences, self.eos_id), sequences, 0)
         if ((tokens < 0) | (tokens >= self.vocab_size)).any():
             low, high = tokens.min().item(), tokens.max().item()
-            raise ValueError(f"sequences: expected tokens 0..{self.vocab_size - 1}, got {low}..{high}")
+            raise ValueError(f"sequences must hold tokens 0..{self.vocab_size - 1}; got {low}..{high}")
         rows = [torch.zeros_like(tokens[:, 0])]
         for t in range(tokens.shape[1] - 1):
             rows.append(self.vocab_size * rows[-1] + tokens[:, t] + 1)
@@ -305,14 +305,14 @@ class TabularPolicy(nn.Module):
 def _check_sizes(vocab_size: int, length: int, eos_id: int | None) -> None:
     for name, size in (("vocab_size", vocab_size), ("length", length)):
         if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
+            raise ValueError(f"{name} must be at least 1; got {size}")
     if eos_id is not None and not 0 <= eos_id < vocab_size:
-        raise ValueError(f"eos_id: expected a token in 0..{vocab_size - 1}, got {eos_id}")
+        raise ValueError(f"eos_id must be a token in 0..{vocab_size - 1}; got {eos_id}")
 
 
 def _check_shape(tensor: Tensor, shape: Sequence[int], name: str) -> None:
     if tensor.shape != torch.Size(shape):
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(tensor.shape)}")
 
 
 def _check_sums_to_one(totals: Tensor, name: str) -> None:
@@ -320,25 +320,25 @@ def _check_sums_to_one(totals: Tensor, name: str) -> None:
     if not (error < TOLERANCE).all():  # written so that NaN fails too
         worst = totals.flatten()[error.argmax()].item()
         raise ValueError(
-            f"{name}: expected to sum to 1 within {TOLERANCE}, got {worst:.8g}; is every outcome there, exactly once?"
+            f"{name} must sum to 1 within {TOLERANCE}; got {worst:.8g}; is every outcome there, exactly once?"
         )
 
 
 def _checked_mask(tensor: Tensor, mask: Tensor | None, name: str) -> Tensor:
     """The mask, all True for None, after the checks that every function here makes."""
     if tensor.dim() != 2:
-        raise ValueError(f"{name}: expected shape (N, L), got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape (N, L); got {tuple(tensor.shape)}")
     if mask is None:
         mask = torch.ones_like(tensor, dtype=torch.bool)
     if mask.dtype != torch.bool:
-        raise ValueError(f"mask: expected dtype bool, got {mask.dtype}")
+        raise ValueError(f"mask must be a bool tensor; got {mask.dtype}")
     _check_shape(mask, tensor.shape, "mask")
     empty = (~mask).all(dim=1).nonzero().flatten()
     if len(empty):
-        raise ValueError(f"mask: expected a real token in each row, got none in row {empty[0]}")
+        raise ValueError(f"mask must have a real token in each row; got none in row {empty[0]}")
     broken = (mask[:, 1:] & ~mask[:, :-1]).any(dim=1).nonzero().flatten()
     if len(broken):
-        raise ValueError(f"mask: expected real tokens to be a prefix, got a gap in row {broken[0]}")
+        raise ValueError(f"mask must be True on a prefix of each row; got a gap in row {broken[0]}")
     return mask
 
 

@@ -132,7 +132,7 @@ class GridWorld:
     def named(cls, name: str, **overrides) -> "GridWorld":
         """One of `GRIDS`: "four_by_three", "cliff", "two_by_two" or "corridor"."""
         if name not in GRIDS:
-            raise ValueError(f"name: expected one of {', '.join(GRIDS)}, got {name!r}")
+            raise ValueError(f"name must be one of {', '.join(GRIDS)}; got {name!r}")
         return cls(**{**GRIDS[name], **overrides})
 
     def __repr__(self) -> str:
@@ -154,7 +154,7 @@ class GridWorld:
     def to_grid(self, values: Tensor) -> Tensor:
         """Values of the states on the map, for a picture: (S,) -> (rows, columns), NaN at walls."""
         if values.shape != self.start.shape:
-            raise ValueError(f"values: expected shape ({self.num_states},), got {tuple(values.shape)}")
+            raise ValueError(f"values must have shape ({self.num_states},); got {tuple(values.shape)}")
         grid = torch.full(self.walls.shape, torch.nan, dtype=torch.float64)
         grid[self.coordinates[:, 0], self.coordinates[:, 1]] = values.detach().double()
         return grid
@@ -255,8 +255,8 @@ class GridWorld:
             if change < tolerance:
                 return v, q
         raise ValueError(
-            f"max_sweeps: {max_sweeps} sweeps did not converge; expected values to settle, which "
-            f"gamma {self.gamma} may not allow"
+            f"max_sweeps must be enough for the values to converge; got {max_sweeps}, and with gamma {self.gamma} "
+            "they may never"
         )
 
     @torch.no_grad()
@@ -297,7 +297,7 @@ class GridWorld:
             matches = (state[:, None] == edges[:, 0]) & allowed
             if matches.sum() > max_trajectories:
                 count = matches.sum().item()
-                raise ValueError(f"horizon: expected at most {max_trajectories} trajectories, got over {count}")
+                raise ValueError(f"horizon must give at most {max_trajectories} trajectories; got at least {count}")
             row, edge = matches.nonzero(as_tuple=True)
             paths = torch.cat([paths[row], edges[edge].unsqueeze(1)], dim=1)
             state = edges[edge, 2]
@@ -333,12 +333,14 @@ class GridWorld:
         shape = (self.num_states, self.num_actions)
         timed = horizon is not None and policy.shape == (horizon, *shape)
         if policy.shape != shape and not timed:
-            raise ValueError(f"policy: expected shape {shape}, got {tuple(policy.shape)}")
+            raise ValueError(f"policy must have shape {shape}; got {tuple(policy.shape)}")
         policy = policy.double()
         valid = (policy >= 0).all(-1) & ((policy.sum(-1) - 1).abs() < 1e-6)
         if not valid.all():
             where = (~valid).nonzero()[0].tolist()
-            raise ValueError(f"policy: expected probabilities in each row, not so in row {where}")
+            raise ValueError(
+                f"policy must be probabilities in each row; got {policy[tuple(where)].tolist()} in row {where}"
+            )
         if horizon is not None:
             _check_at_least_one("horizon", horizon)
             return policy.expand(horizon, *shape)
@@ -354,7 +356,7 @@ class GridWorld:
             ends = ends | (step[:, ends].sum(dim=1) > 0)
         if not ends.all():
             stuck = (~ends).nonzero()[0].item()
-            raise ValueError(f"policy: with gamma 1 expected every state to reach an end, state {stuck} does not")
+            raise ValueError(f"policy must reach an end from every state, as gamma is 1; got no way from state {stuck}")
 
 
 def _transition(cells: list[tuple[int, int]], terminal: Tensor, actions: tuple[str, ...], slip: float) -> Tensor:
@@ -376,24 +378,24 @@ def _transition(cells: list[tuple[int, int]], terminal: Tensor, actions: tuple[s
 def _check_map(text: str) -> None:
     lines = text.splitlines()
     if len({len(line) for line in lines}) != 1:
-        raise ValueError(f"text: expected lines of one length, got {[len(x) for x in lines]}")
+        raise ValueError(f"text must have lines of one length; got {[len(x) for x in lines]}")
     unknown = set(text) - set("SGP#.\n")
     if unknown:
-        raise ValueError(f"text: expected only S G P # and ., got {sorted(unknown)}")
+        raise ValueError(f"text must hold only the cells S G P # and .; got {sorted(unknown)}")
     for cell, meaning in (("S", "start"), ("G", "goal")):
         if cell not in text:
-            raise ValueError(f"text: expected a {meaning} cell {cell}, got {text!r}")
+            raise ValueError(f"text must have a {meaning} cell {cell}; got {text!r}")
 
 
 def _check_settings(slip: float, gamma: float, actions: tuple[str, ...]) -> None:
     if not 0 <= slip <= 1:
-        raise ValueError(f"slip: expected a probability, got {slip}")
+        raise ValueError(f"slip must be between 0 and 1; got {slip}")
     if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma: expected a number in [0, 1], got {gamma}")
+        raise ValueError(f"gamma must be between 0 and 1; got {gamma}")
     if not actions or len(set(actions)) < len(actions) or not set(actions) <= set(MOVES):
-        raise ValueError(f"actions: expected distinct names among {tuple(MOVES)}, got {actions}")
+        raise ValueError(f"actions must be distinct names among {tuple(MOVES)}; got {actions}")
 
 
 def _check_at_least_one(name: str, size: int) -> None:
     if size < 1:
-        raise ValueError(f"{name}: expected at least 1, got {size}")
+        raise ValueError(f"{name} must be at least 1; got {size}")

@@ -41,6 +41,6 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     Source: Kong 1992, "A note on importance sampling using standardized weights".
     """
     if weights.device.type == "cpu" and not (torch.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-        raise ValueError("weights must be finite, not negative and not all 0")
+        raise ValueError(f"weights must be finite, not negative and not all 0; got {weights.tolist()!s:.80}")
     scaled = weights / weights.max()  # the ratio does not depend on the scale, but squares of huge weights overflow
     return scaled.sum().square() / scaled.square().sum()

@@ -36,7 +36,7 @@ def real_steps(x: Tensor, mask: Tensor | None) -> Tensor:
         empty = ~mask.any(dim=-1)
         if empty.any():
             row = int(empty.flatten().nonzero()[0])
-            raise ValueError(f"mask must have a real step (True) in every row; row {row} has none")
+            raise ValueError(f"mask must have a real step (True) in every row; got none in row {row}")
     return mask
 
 

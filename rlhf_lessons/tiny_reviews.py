@@ -314,10 +314,10 @@ def _check_texts(**texts):
     """Every argument a list, all of one length."""
     for name, value in texts.items():
         if isinstance(value, str):
-            raise ValueError(f"{name}: expected a list of str, got the str {value!r}")
+            raise ValueError(f"{name} must be a list of str; got the str {value!r}")
     lengths = {name: len(value) for name, value in texts.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"{' and '.join(lengths)}: expected equal lengths, got {lengths}")
+        raise ValueError(f"{' and '.join(lengths)} must have equal lengths; got {lengths}")
 
 
 def gold_reward(prompts, responses):
@@ -341,7 +341,7 @@ def annotate_pairs(prompts, responses_a, responses_b, generator, *, temperature=
     """
     _check_texts(prompts=prompts, responses_a=responses_a, responses_b=responses_b)
     if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        raise ValueError(f"temperature must be positive; got {temperature}")
     margin = gold_reward(prompts, responses_a) - gold_reward(prompts, responses_b)
     return torch.rand(len(prompts), generator=generator) < torch.sigmoid(margin / temperature)
 
@@ -366,7 +366,7 @@ class Annotators(NamedTuple):
 def sample_annotators(num_annotators, generator):
     """Draw scales: offset ~ U(3, 7), stretch log-uniform on (0.5, 2), noise = 0.5·stretch."""
     if num_annotators < 1:
-        raise ValueError(f"num_annotators: expected at least 1, got {num_annotators}")
+        raise ValueError(f"num_annotators must be at least 1; got {num_annotators}")
     offset = 3 + 4 * torch.rand(num_annotators, generator=generator)
     stretch = 2 ** (2 * torch.rand(num_annotators, generator=generator) - 1)
     return Annotators(offset, stretch, 0.5 * stretch)

@@ -83,5 +83,5 @@ def test_optimal_baseline_rejects_bad_input():
         optimal_baseline(torch.ones(3), torch.ones(2))
     with pytest.raises(ValueError, match=r"returns must be \(N,\); got shape \(2, 3\)"):
         optimal_baseline(torch.ones(2, 3), torch.ones(2, 3))
-    with pytest.raises(ValueError, match="score_norms_sq must have a positive entry; all are 0"):
+    with pytest.raises(ValueError, match="score_norms_sq must have a positive entry; got only 0"):
         optimal_baseline(torch.zeros(3), torch.ones(3))

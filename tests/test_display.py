@@ -99,7 +99,7 @@ def nested(code: types.CodeType):
 
 def test_what_has_no_source_is_refused():
     for thing in (len, 3):
-        with pytest.raises(ValueError, match="function: expected a Python function or class"):
+        with pytest.raises(ValueError, match="function must be a Python function or class; got "):
             display.show_source(thing)
 
 
@@ -122,9 +122,11 @@ def test_equations_of_the_package_are_found(capsys):
 
 
 def test_a_function_without_a_label_is_refused():
-    with pytest.raises(ValueError, match=r'functions: expected a docstring with "\(Eq. n.m\)"; Pair.bare has none'):
+    with pytest.raises(
+        ValueError, match=r'functions must have "\(Eq. n.m\)" in their docstrings; got none in Pair.bare'
+    ):
         display.equation_table(Pair.bare)
-    with pytest.raises(ValueError, match="functions: expected at least one"):
+    with pytest.raises(ValueError, match="functions must hold at least one; got none"):
         display.equation_table()
 
 
@@ -149,9 +151,9 @@ def test_zero_has_no_sign():
 
 
 def test_a_quantity_needs_a_number_per_token():
-    with pytest.raises(ValueError, match=r"quantities\['kl'\]: expected 2 numbers, one per token; got 1"):
+    with pytest.raises(ValueError, match=r"quantities\['kl'\] must have 2 numbers, one per token; got 1"):
         display.token_table(["a", "b"], {"kl": [1.0]})
-    with pytest.raises(ValueError, match="tokens: expected at least one"):
+    with pytest.raises(ValueError, match="tokens must hold at least one; got none"):
         display.token_table([], {})
 
 
@@ -182,10 +184,10 @@ def test_long_texts_are_wrapped_and_empty_ones_leave_room(capsys):
 
 
 def test_texts_and_scores_must_match_the_prompts():
-    with pytest.raises(ValueError, match="after: expected 1 entries, one per prompt; got 0"):
+    with pytest.raises(ValueError, match="after must have 1 entries, one per prompt; got 0"):
         display.compare_texts(["a"], ["b"], [])
     for scores in (([1.0, 2.0], [1.0]), ([1.0], [1.0, 2.0])):
-        with pytest.raises(ValueError, match=r"scores\['gold'\]: expected 1 entries, one per prompt; got 2"):
+        with pytest.raises(ValueError, match=r"scores\['gold'\] must have 1 entries, one per prompt; got 2"):
             display.compare_texts(["a"], ["b"], ["c"], scores={"gold": scores})
 
 
@@ -226,7 +228,7 @@ def test_fitting_reports_its_loss(capsys):
 
 
 def test_progress_needs_a_length():
-    with pytest.raises(ValueError, match="total: expected at least 1; got 0"):
+    with pytest.raises(ValueError, match="total must be at least 1; got 0"):
         display.progress(0)
 
 

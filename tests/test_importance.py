@@ -121,5 +121,5 @@ def test_effective_sample_size_ignores_the_scale(scale):
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1e-9], [1.0, NAN], [1.0, INF], []])
 def test_effective_sample_size_rejects_bad_weights(weights):
-    with pytest.raises(ValueError, match="weights must be finite, not negative and not all 0"):
+    with pytest.raises(ValueError, match=r"weights must be finite, not negative and not all 0; got \["):
         effective_sample_size(torch.tensor(weights))

@@ -128,7 +128,7 @@ def test_bad_masks(statistic):
         statistic(x, torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"mask must be a bool tensor; got torch.float32"):
         statistic(x, torch.ones(3, 2))
-    with pytest.raises(ValueError, match=r"real step \(True\) in every row; row 1 has none"):
+    with pytest.raises(ValueError, match=r"real step \(True\) in every row; got none in row 1"):
         statistic(x, torch.tensor([[True, False], [False, False], [False, False]]))
 
 

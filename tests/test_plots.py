@@ -145,7 +145,7 @@ def test_labels_that_are_concepts_get_their_style_and_others_by_request():
     assert styles["policy"] == concept_style("policy")
     assert styles["score of the model"]["color"] == COLORS["reward"]
     assert styles["seed 1"]["color"] not in COLORS.values()
-    with pytest.raises(ValueError, match="concept: expected one of policy"):
+    with pytest.raises(ValueError, match="concept must be one of policy"):
         concept_style("actor")
 
 
@@ -163,8 +163,13 @@ def test_signed_scale_is_white_at_its_centre_and_ink_can_be_read():
 
 def test_arrays_are_taken_from_tensors_with_gradients_and_refused_by_name():
     assert as_array("x", [torch.ones((), requires_grad=True), 2]).tolist() == [1, 2]
-    for bad, message in (([[1], [1, 2]], "regular"), (["a"], "numbers"), ([], "at least one"), ([[1.0]], "dimension")):
-        with pytest.raises(ValueError, match=f"loss: .*{message}"):
+    for bad, message in (
+        ([[1], [1, 2]], "be numbers in a regular shape"),
+        (["a"], "be numbers"),
+        ([], "hold at least one number"),
+        ([[1.0]], "have 1 dim"),
+    ):
+        with pytest.raises(ValueError, match=f"loss must {message}"):
             as_array("loss", bad, ndim=1)
 
 
@@ -205,7 +210,7 @@ def test_saving_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
 
 
 def test_saving_under_another_ending_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"path: expected a name that ends in .png; got 'a.pdf'"):
+    with pytest.raises(ValueError, match=r"path must have a name that ends in .png; got 'a.pdf'"):
         plots.save(FIGURES["curve"](), tmp_path / "a.pdf")
 
 
@@ -516,41 +521,53 @@ def test_the_four_models_say_who_is_trained_and_carry_details():
 # ---- bad input -------------------------------------------------------------------------
 
 BAD = {
-    "ys: expected at least one curve": lambda: plots.curve([1], {}, xlabel="x", ylabel="y"),
-    r"ys\['a'\]: expected length 2; got 1": lambda: plots.curve([1, 2], {"a": [1]}, xlabel="x", ylabel="y"),
-    "runs: expected lists of metric dicts": lambda: plots.training_curves([]),
-    "runs: expected lists of metric dicts.*'b'": lambda: plots.training_curves({"a": run(), "b": [[]]}),
-    "runs: expected at least one run": lambda: plots.training_curves({}),
-    "metrics: expected at least one that a run has": lambda: plots.training_curves([{"loss": 1.0}]),
-    'band: expected "minmax" or "sd"; got \'ci\'': lambda: plots.learning_curves({"a": [[1, 2]]}, band="ci"),
-    "curves.*: expected 2 dimension": lambda: plots.learning_curves({"a": [1, 2]}),
-    'x: expected "sqrt_kl" or "iteration"': lambda: plots.overoptimisation(run(), x="kl"),
-    "runs: expected rows with 'gold'": lambda: plots.overoptimisation(run(gold=None)),
-    "values: expected positive numbers on a log axis": lambda: plots.variance_ranking({"a": 0.0}),
-    "values: expected numbers or dicts": lambda: plots.bars({"a": 1, "b": {"c": 2}}, xlabel="x"),
-    "values: expected at least one bar": lambda: plots.bars({}, xlabel="x"),
-    "squared_bias: expected length 2": lambda: plots.bias_variance([0, 1], [1], [1, 2]),
-    "num_samples: expected at least 1": lambda: plots.ess_against_kl([0], [1], num_samples=0),
-    "weights: expected finite numbers": lambda: plots.weight_histogram([-1.0, 2.0]),
-    "weights: .*not all 0": lambda: plots.weight_histogram([0.0, 0.0]),
-    "predicted: expected probabilities": lambda: plots.calibration([1.2], [1]),
-    "outcomes: expected only 0 and 1": lambda: plots.calibration([0.2], [0.5]),
-    "y: expected length 2; got 3": lambda: plots.scatter([1, 2], [1, 2, 3], xlabel="x", ylabel="y"),
-    "ratings, per annotator: expected length 1": lambda: plots.ratings_and_comparisons([0], [[1, 2]], [1], [1]),
-    "runs: expected rows with 'gold'; run 'b'": lambda: plots.proxy_and_gold({"a": run(), "b": run(gold=None)}),
-    "tokens, quantities: expected at least one": lambda: plots.token_view([], {"KL": []}),
-    "KL: expected length 2": lambda: plots.token_view(["a", "b"], {"KL": [1]}),
-    "per_line: expected at least 1": lambda: plots.token_view(["a"], {"KL": [1]}, per_line=0),
-    "table: expected the prefix": lambda: plots.decision_tree({("a",): {"b": 1.0}}),
-    "table: no branch leads to": lambda: plots.decision_tree({(): {"a": 1.0}, ("b",): {"c": 1.0}}),
-    "expected probabilities that sum to at most 1": lambda: plots.decision_tree({(): {"a": 0.7, "b": 0.4}}),
-    "chosen: expected a path": lambda: plots.decision_tree({(): {"a": 1.0}}, chosen=("b",)),
-    "values: expected length 11": lambda: plots.grid_values(GRID, [1.0, 2.0]),
-    r"values: expected shape \(11, 4\)": lambda: plots.grid_action_values(GRID, torch.zeros(11, 2)),
-    "policy: expected a row of probabilities": lambda: plots.grid_policy(GRID, torch.ones(11, 4)),
-    "states: expected numbers from 0 to 10": lambda: plots.grid_path(GRID, [0, 11]),
-    "clip_eps: expected a number below 1": lambda: plots.clip_regions(1.5),
-    "details: expected only policy": lambda: plots.four_models({"actor": "x"}),
+    "ys must hold at least one curve; got none": lambda: plots.curve([1], {}, xlabel="x", ylabel="y"),
+    r"ys\['a'\] must have length 2; got 1": lambda: plots.curve([1, 2], {"a": [1]}, xlabel="x", ylabel="y"),
+    "runs must be lists of metric dicts, none empty; got something else in run ''": lambda: plots.training_curves([]),
+    "runs must be lists of metric dicts, none empty; got something else in run 'b'": lambda: plots.training_curves(
+        {"a": run(), "b": [[]]}
+    ),
+    "runs must hold at least one run; got none": lambda: plots.training_curves({}),
+    "metrics must name at least one that a run has; got none": lambda: plots.training_curves([{"loss": 1.0}]),
+    'band must be "minmax" or "sd"; got \'ci\'': lambda: plots.learning_curves({"a": [[1, 2]]}, band="ci"),
+    "curves.* must have 2 dimension": lambda: plots.learning_curves({"a": [1, 2]}),
+    'x must be "sqrt_kl" or "iteration"; got \'kl\'': lambda: plots.overoptimisation(run(), x="kl"),
+    "runs must have rows with 'gold' and 'kl'; got none in run ''": lambda: plots.overoptimisation(run(gold=None)),
+    "values must be positive on a log axis; got 0": lambda: plots.variance_ranking({"a": 0.0}),
+    "values must be numbers or dicts of numbers; got both": lambda: plots.bars({"a": 1, "b": {"c": 2}}, xlabel="x"),
+    "values must hold at least one bar; got none": lambda: plots.bars({}, xlabel="x"),
+    "squared_bias must have length 2": lambda: plots.bias_variance([0, 1], [1], [1, 2]),
+    "num_samples must be at least 1; got 0": lambda: plots.ess_against_kl([0], [1], num_samples=0),
+    r"weights must be finite, not negative and not all 0; got \[-1.0, 2.0\]": lambda: plots.weight_histogram(
+        [-1.0, 2.0]
+    ),
+    r"weights must be .*not all 0; got \[0.0, 0.0\]": lambda: plots.weight_histogram([0.0, 0.0]),
+    "predicted must be probabilities; got 1.2 to 1.2": lambda: plots.calibration([1.2], [1]),
+    r"outcomes must be 0 or 1; got \[0.5\]": lambda: plots.calibration([0.2], [0.5]),
+    "y must have length 2; got 3": lambda: plots.scatter([1, 2], [1, 2, 3], xlabel="x", ylabel="y"),
+    "each row of ratings must have length 1": lambda: plots.ratings_and_comparisons([0], [[1, 2]], [1], [1]),
+    "runs must have rows with 'gold'; got none in run 'b'": lambda: plots.proxy_and_gold(
+        {"a": run(), "b": run(gold=None)}
+    ),
+    "tokens and quantities must hold at least one; got 0 and 1": lambda: plots.token_view([], {"KL": []}),
+    "KL must have length 2": lambda: plots.token_view(["a", "b"], {"KL": [1]}),
+    "per_line must be at least 1; got 0": lambda: plots.token_view(["a"], {"KL": [1]}, per_line=0),
+    r"table must have the prefix \(\) for the prompt; got \[\('a',\)\]": lambda: plots.decision_tree(
+        {("a",): {"b": 1.0}}
+    ),
+    r"table must have a branch to every prefix; got none to \('b',\)": lambda: plots.decision_tree(
+        {(): {"a": 1.0}, ("b",): {"c": 1.0}}
+    ),
+    r"table\[\(\)\] must be probabilities that sum to at most 1; got ": lambda: plots.decision_tree(
+        {(): {"a": 0.7, "b": 0.4}}
+    ),
+    "chosen must be a path of the table; got ": lambda: plots.decision_tree({(): {"a": 1.0}}, chosen=("b",)),
+    "values must have length 11; got 2": lambda: plots.grid_values(GRID, [1.0, 2.0]),
+    r"values must have shape \(11, 4\); got \(11, 2\)": lambda: plots.grid_action_values(GRID, torch.zeros(11, 2)),
+    "policy must be a row of probabilities for every state; got ": lambda: plots.grid_policy(GRID, torch.ones(11, 4)),
+    "states must be numbers from 0 to 10; got ": lambda: plots.grid_path(GRID, [0, 11]),
+    "clip_eps must be below 1; got 1.5": lambda: plots.clip_regions(1.5),
+    "details must name only policy": lambda: plots.four_models({"actor": "x"}),
 }
 
 

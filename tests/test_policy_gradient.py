@@ -231,7 +231,7 @@ def test_returns_reject_bad_input(estimator):
             estimator(rewards, gamma=gamma)
     with pytest.raises(ValueError, match="mask must have the shape of x"):
         estimator(rewards, torch.ones(3, 2, dtype=torch.bool), gamma=1.0)
-    with pytest.raises(ValueError, match="row 0 has none"):
+    with pytest.raises(ValueError, match="mask must have a real step .*; got none in row 0"):
         estimator(rewards, torch.zeros(2, 3, dtype=torch.bool), gamma=1.0)
 
 
@@ -305,5 +305,5 @@ def test_expected_gradient_is_that_of_the_expected_return(gamma, weighting):
 def test_loss_rejects_bad_input():
     with pytest.raises(ValueError, match=r"weights must have the shape of log_probs, \(2, 3\); got \(2,\)"):
         policy_gradient_loss(torch.zeros(2, 3), torch.zeros(2))
-    with pytest.raises(ValueError, match="row 1 has none"):
+    with pytest.raises(ValueError, match="mask must have a real step .*; got none in row 1"):
         policy_gradient_loss(torch.zeros(2, 3), torch.zeros(2, 3), prefix_mask([1, 0], 3))

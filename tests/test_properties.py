@@ -297,7 +297,7 @@ def test_a_row_without_a_real_step_is_named(case, batch, data):
     row = data.draw(st.integers(0, len(batch.mask) - 1))
     mask = batch.mask_tensor()
     mask[row] = False
-    with pytest.raises(ValueError, match=f"mask must have a real step .*; row {row} has none"):
+    with pytest.raises(ValueError, match=f"mask must have a real step .*; got none in row {row}"):
         case.call(*batch.inputs(case), mask)
 
 

@@ -433,18 +433,18 @@ def test_padding_is_on_the_left_and_an_empty_prompt_is_bos(tokenizer):
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="prompts and responses.*equal lengths.*2.*1"):
+    with pytest.raises(ValueError, match="prompts and responses must have equal lengths; got .*2.*1"):
         tr.gold_reward(["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="responses_b.*equal lengths"):
+    with pytest.raises(ValueError, match="responses_b must have equal lengths"):
         tr.annotate_pairs(["a"], ["a"], ["a", "b"], generator())
-    with pytest.raises(ValueError, match="equal lengths"):
+    with pytest.raises(ValueError, match="must have equal lengths; got "):
         tr.preference_pairs(["a", "b"], ["a"], ["a"], generator())
-    with pytest.raises(ValueError, match="equal lengths"):
+    with pytest.raises(ValueError, match="must have equal lengths; got "):
         tr.absolute_ratings(["a"], [], tr.sample_annotators(2, generator()), generator())
-    with pytest.raises(ValueError, match="responses: expected a list"):
+    with pytest.raises(ValueError, match="responses must be a list of str; got the str 'a'"):
         tr.gold_reward(["a"], "a")
     for temperature in (0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="temperature: expected a positive"):
+        with pytest.raises(ValueError, match=f"temperature must be positive; got {temperature}"):
             tr.annotate_pairs(["a"], ["a"], ["b"], generator(), temperature=temperature)
-    with pytest.raises(ValueError, match="num_annotators: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_annotators must be at least 1; got 0"):
         tr.sample_annotators(0, generator())

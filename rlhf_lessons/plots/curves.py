@@ -37,7 +37,7 @@ def draw_band(ax: Axes, x, seeds: np.ndarray, style: dict, label: str | None, ba
     mean, sd = seeds.mean(axis=0), seeds.std(axis=0)
     bounds = {"minmax": (seeds.min(axis=0), seeds.max(axis=0)), "sd": (mean - sd, mean + sd)}
     if band not in bounds:
-        raise ValueError(f'band: expected "minmax" or "sd"; got {band!r}')
+        raise ValueError(f'band must be "minmax" or "sd"; got {band!r}')
     draw_line(ax, x, mean, style, label)
     if len(seeds) > 1:
         ax.fill_between(x, *bounds[band], color=style["color"], alpha=0.2, linewidth=0)
@@ -57,7 +57,7 @@ def curve(
     """Curves ys[label] (N,) over x (N,). A label that names a concept has its colour; `concepts` maps others to one."""
     x = as_array("x", x, ndim=1)
     if not ys:
-        raise ValueError("ys: expected at least one curve; got none")
+        raise ValueError("ys must hold at least one curve; got none")
     figure, ax = axes_for(ax)
     styles = styles_for(list(ys), concepts)
     for label, y in ys.items():
@@ -83,7 +83,7 @@ def learning_curves(
 ) -> Figure:
     """Mean over seeds with a band: curves[label] (seeds, N); band "minmax" or "sd" (one standard deviation)."""
     if not curves:
-        raise ValueError("curves: expected at least one; got none")
+        raise ValueError("curves must hold at least one; got none")
     figure, ax = axes_for(ax)
     styles = styles_for(list(curves), concepts)
     for label, seeds in curves.items():
@@ -101,9 +101,9 @@ def runs_by_label(runs) -> dict[str, list[list[dict]]]:
     seeds = {str(label): [run] if run and isinstance(run[0], dict) else list(run) for label, run in runs.items()}
     for label, group in seeds.items():
         if not group or not all(rows and all(isinstance(row, dict) for row in rows) for rows in group):
-            raise ValueError(f"runs: expected lists of metric dicts, none empty; not so in run {label!r}")
+            raise ValueError(f"runs must be lists of metric dicts, none empty; got something else in run {label!r}")
     if not seeds:
-        raise ValueError("runs: expected at least one run; got none")
+        raise ValueError("runs must hold at least one run; got none")
     return seeds
 
 
@@ -138,7 +138,7 @@ def training_curves(runs, *, metrics: Sequence[str] | None = None, band: str = "
     }
     panels = [panel for panel in panels if any(series[label, name] for label in runs for name in panel)]
     if not panels:
-        raise ValueError("metrics: expected at least one that a run has; got none")
+        raise ValueError("metrics must name at least one that a run has; got none")
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     figure, grid = panel_grid(len(panels), columns)
     styles = styles_for(list(runs)) if len(runs) > 1 else {}
@@ -176,7 +176,7 @@ def proxy_and_gold(runs, *, band: str = "minmax") -> Figure:
         for name in ("score", "gold"):
             measured = metric_series(seeds, name)
             if measured is None:
-                raise ValueError(f"runs: expected rows with {name!r}; run {label!r} has none")
+                raise ValueError(f"runs must have rows with {name!r}; got none in run {label!r}")
             axis_label, concept = METRICS[name]
             draw_band(ax, *measured, concept_style(concept), axis_label, band)
         ax.set(xlabel="PPO iteration", title=label)
@@ -202,7 +202,7 @@ def overoptimisation(runs, *, x: str = "sqrt_kl", band: str = "minmax") -> Figur
     Source: Gao et al. 2023, "Scaling laws for reward model overoptimization", Fig. 1.
     """
     if x not in ("sqrt_kl", "iteration"):
-        raise ValueError(f'x: expected "sqrt_kl" or "iteration"; got {x!r}')
+        raise ValueError(f'x must be "sqrt_kl" or "iteration"; got {x!r}')
     runs = runs_by_label(runs)
     several = len(runs) > 1
     size = (9.0, 3.9) if several else (5.6, 3.8)
@@ -215,7 +215,7 @@ def overoptimisation(runs, *, x: str = "sqrt_kl", band: str = "minmax") -> Figur
         for name, ax in panels.items():
             measured = metric_series([[row for row in rows if row.get("kl") is not None] for rows in seeds], name)
             if measured is None:
-                raise ValueError(f"runs: expected rows with {name!r} and 'kl'; run {label!r} has none")
+                raise ValueError(f"runs must have rows with {name!r} and 'kl'; got none in run {label!r}")
             axis, concept = METRICS[name]
             steps, values = measured
             style, name_shown = styles.get(label) or concept_style(concept), label if several else axis
@@ -248,10 +248,10 @@ def bars(
     errors: half-widths of intervals by label, for bars that are not grouped.
     """
     if not values:
-        raise ValueError("values: expected at least one bar; got none")
+        raise ValueError("values must hold at least one bar; got none")
     grouped = [isinstance(value, dict) for value in values.values()]
     if any(grouped) and not all(grouped):
-        raise ValueError("values: expected numbers or dicts of numbers; got both")
+        raise ValueError("values must be numbers or dicts of numbers; got both")
     groups = values if all(grouped) else {label: {"": value} for label, value in values.items()}
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     styles = styles_for(names if all(grouped) else list(values), concepts)
@@ -260,7 +260,7 @@ def bars(
         labels = [label for label, group in groups.items() if name in group]
         numbers = as_array("values", [groups[label][name] for label in labels])
         if xscale == "log" and not (numbers > 0).all():
-            raise ValueError(f"values: expected positive numbers on a log axis; got {numbers.min():g}")
+            raise ValueError(f"values must be positive on a log axis; got {numbers.min():g}")
         height = 0.74 / len(names)
         places = [list(groups).index(label) + (i - (len(names) - 1) / 2) * height for label in labels]
         color = styles[name]["color"] if all(grouped) else bar_colors(labels, concepts)
@@ -319,7 +319,7 @@ def ess_against_kl(
 ) -> Figure:
     """Share of the samples that is left, N_eff / N, over the KL between both policies: ess (K,), or a dict of them."""
     if num_samples < 1:
-        raise ValueError(f"num_samples: expected at least 1; got {num_samples}")
+        raise ValueError(f"num_samples must be at least 1; got {num_samples}")
     curves = ess if isinstance(ess, dict) else {"policy": ess}
     shares = {label: as_array("ess", values) / num_samples for label, values in curves.items()}
     figure = curve(

@@ -36,9 +36,9 @@ def token_view(
     is 0, for "ratio" 1, or as in `centers`. Each quantity has its own scale. Long texts go on in further lines.
     """
     if not tokens or not quantities:
-        raise ValueError("tokens, quantities: expected at least one token and one quantity")
+        raise ValueError(f"tokens and quantities must hold at least one; got {len(tokens)} and {len(quantities)}")
     if per_line < 1:
-        raise ValueError(f"per_line: expected at least 1; got {per_line}")
+        raise ValueError(f"per_line must be at least 1; got {per_line}")
     rows = {name: as_array(name, values, ndim=1, length=len(tokens)) for name, values in quantities.items()}
     lines = -(-len(tokens) // per_line)
     width = min(len(tokens), per_line)
@@ -93,15 +93,15 @@ def decision_tree(
     probability out of range, a sum above 1, or a prefix that no branch leads to.
     """
     if () not in table:
-        raise ValueError("table: expected the prefix () for the prompt; it is missing")
+        raise ValueError(f"table must have the prefix () for the prompt; got {list(table)}")
     reachable = {()} | {prefix + (token,) for prefix, branches in table.items() for token in branches}
     for prefix, branches in table.items():
         if prefix not in reachable:
-            raise ValueError(f"table: no branch leads to the prefix {prefix!r}")
+            raise ValueError(f"table must have a branch to every prefix; got none to {prefix!r}")
         if min(branches.values(), default=-1) < 0 or sum(branches.values()) > 1 + 1e-4:
-            raise ValueError(f"table[{prefix!r}]: expected probabilities that sum to at most 1; got {branches!r}")
+            raise ValueError(f"table[{prefix!r}] must be probabilities that sum to at most 1; got {branches!r}")
     if chosen and chosen not in reachable:
-        raise ValueError(f"chosen: expected a path of the table; got {chosen!r}")
+        raise ValueError(f"chosen must be a path of the table; got {chosen!r}")
     edges, places, leaves = [], {}, []
     place_subtree((), table, edges, places, leaves)
     depth = 1 + max(len(path) for path in places)
@@ -170,7 +170,7 @@ def clip_regions(clip_eps: float = 0.2) -> Figure:
     """
     check_clip(clip_eps)
     if clip_eps >= 1:
-        raise ValueError(f"clip_eps: expected a number below 1; got {clip_eps}")
+        raise ValueError(f"clip_eps must be below 1; got {clip_eps}")
     low, high = 1 - clip_eps, 1 + clip_eps
     edges = (max(1 - 3 * clip_eps, low / 4), low, high, 1 + 3 * clip_eps)
     figure, axes = plt.subplots(2, 2, figsize=(9.4, 5.6), sharex=True, sharey="row", layout="constrained")
@@ -248,7 +248,7 @@ def four_models(details: dict[str, str] | None = None) -> Figure:
     """
     unknown = set(details or {}) - set(MODELS)
     if unknown:
-        raise ValueError(f"details: expected only {', '.join(MODELS)}; got {', '.join(sorted(unknown))}")
+        raise ValueError(f"details must name only {', '.join(MODELS)}; got {', '.join(sorted(unknown))}")
     figure, ax = plt.subplots(figsize=(11.4, 6.6), layout="constrained")
     ax.set(xlim=(-1, 115), ylim=(2, 65), aspect="equal")
     ax.axis("off")

@@ -70,7 +70,7 @@ def grid_action_values(
     """
     values = as_array("values", values, ndim=2, length=world.num_states)
     if values.shape[1] != world.num_actions:
-        raise ValueError(f"values: expected shape ({world.num_states}, {world.num_actions}); got {values.shape}")
+        raise ValueError(f"values must have shape ({world.num_states}, {world.num_actions}); got {values.shape}")
     figure, ax = grid_axes(world, ax)
     scale = signed_scale(values[~world.terminal.numpy()])
     for s, (row, column) in enumerate(world.coordinates.tolist()):
@@ -94,7 +94,7 @@ def grid_policy(world, policy, *, ax: Axes | None = None) -> Figure:
     """A policy as arrows, each as long as its action is likely: world a `GridWorld`, policy (S, A) probabilities."""
     policy = as_array("policy", policy, ndim=2, length=world.num_states)
     if policy.shape[1] != world.num_actions or not np.allclose(policy.sum(axis=1), 1) or (policy < 0).any():
-        raise ValueError("policy: expected a row of probabilities for every state")
+        raise ValueError(f"policy must be a row of probabilities for every state; got {policy.tolist()!s:.80}")
     figure, ax = grid_axes(world, ax)
     for s, (row, column) in enumerate(world.coordinates.tolist()):
         if world.terminal[s]:
@@ -114,7 +114,7 @@ def grid_path(world, states, *, ax: Axes | None = None) -> Figure:
     """One walk on the map: states (T+1,) in order. Each cell lists the time steps at which the walk was there."""
     states = as_array("states", states, ndim=1).astype(int)
     if states.min() < 0 or states.max() >= world.num_states:
-        raise ValueError(f"states: expected numbers from 0 to {world.num_states - 1}; got {states.tolist()}")
+        raise ValueError(f"states must be numbers from 0 to {world.num_states - 1}; got {states.tolist()}")
     figure, ax = grid_axes(world, ax)
     places = world.coordinates.flip(1).numpy() + 0.5
     for start, end in zip(states[:-1], states[1:], strict=True):

@@ -25,7 +25,7 @@ def weight_histogram(weights, *, bins: int = 40, ax: Axes | None = None) -> Figu
     }
     together = np.concatenate(list(groups.values())) if groups else np.zeros(1)
     if not np.isfinite(together).all() or (together < 0).any() or not all((w > 0).any() for w in groups.values()):
-        raise ValueError("weights: expected finite numbers, not negative and not all 0")
+        raise ValueError(f"weights must be finite, not negative and not all 0; got {together.tolist()!s:.80}")
     low, high = together[together > 0].min() / 1.01, together.max() * 1.01
     edges = np.geomspace(low, high, bins + 1)
     figure, ax = axes_for(ax)
@@ -102,9 +102,9 @@ def calibration(predicted, outcomes, *, bins: int = 10, ax: Axes | None = None) 
     predicted = as_array("predicted", predicted, ndim=1)
     outcomes = as_array("outcomes", outcomes, ndim=1, length=len(predicted))
     if not ((predicted >= 0) & (predicted <= 1)).all():
-        raise ValueError(f"predicted: expected probabilities; got {predicted.min():g} to {predicted.max():g}")
+        raise ValueError(f"predicted must be probabilities; got {predicted.min():g} to {predicted.max():g}")
     if not np.isin(outcomes, (0, 1)).all():
-        raise ValueError("outcomes: expected only 0 and 1")
+        raise ValueError(f"outcomes must be 0 or 1; got {outcomes.tolist()!s:.80}")
     figure, ax = axes_for(ax, figsize=(4.8, 4.2))
     ax.plot([0, 1], [0, 1], color=COLORS["neutral"], linestyle=":", label="perfectly calibrated")
     label = f"reward model, {len(predicted)} pairs"
@@ -124,7 +124,7 @@ def ratings_and_comparisons(
     """
     gold = as_array("gold", gold, ndim=1)
     ratings = as_array("ratings", ratings, ndim=2)
-    as_array("ratings, per annotator", ratings[0], length=len(gold))
+    as_array("each row of ratings", ratings[0], length=len(gold))
     margins = as_array("margins", margins, ndim=1)
     chosen = as_array("a_chosen", a_chosen, ndim=1, length=len(margins))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 3.9), layout="constrained")

@@ -78,7 +78,7 @@ def use_style() -> None:
 def concept_style(concept: str) -> dict:
     """Colour, line and marker of a concept, as arguments of `Axes.plot`. Raises ValueError for an unknown one."""
     if concept not in COLORS:
-        raise ValueError(f"concept: expected one of {', '.join(COLORS)}; got {concept!r}")
+        raise ValueError(f"concept must be one of {', '.join(COLORS)}; got {concept!r}")
     return {"color": COLORS[concept], "linestyle": LINES[concept], "marker": MARKERS[concept]}
 
 
@@ -119,13 +119,13 @@ def as_array(name: str, values, *, ndim: int | None = None, length: int | None =
             values = [v.detach().cpu() if isinstance(v, torch.Tensor) else v for v in values]
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: expected numbers in a regular shape; got {type(values).__name__}") from error
+        raise ValueError(f"{name} must be numbers in a regular shape; got {type(values).__name__}") from error
     if ndim is not None and array.ndim != ndim:
-        raise ValueError(f"{name}: expected {ndim} dimension(s); got shape {array.shape}")
+        raise ValueError(f"{name} must have {ndim} dimension(s); got shape {array.shape}")
     if array.size == 0:
-        raise ValueError(f"{name}: expected at least one number; got none")
+        raise ValueError(f"{name} must hold at least one number; got none")
     if length is not None and len(array) != length:
-        raise ValueError(f"{name}: expected length {length}; got {len(array)}")
+        raise ValueError(f"{name} must have length {length}; got {len(array)}")
     return array
 
 
@@ -168,7 +168,7 @@ def save(figure: Figure, path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix != ".png":
-        raise ValueError(f"path: expected a name that ends in .png; got {path.name!r}")
+        raise ValueError(f"path must have a name that ends in .png; got {path.name!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
