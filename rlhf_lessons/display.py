@@ -192,7 +192,7 @@ class Progress:
         self.bar = tqdm(total=total, unit=f" {unit}", leave=False) if sys.stderr.isatty() else None
         self.handle = notebook_line()
 
-    def __call__(self, step: int, metrics: dict[str, float], batch=None) -> None:
+    def __call__(self, step: int, metrics: dict[str, float], batch: object = None) -> None:
         """Report that `step` steps are done: `PPOTrainer.train(on_step=progress)`. Closes itself after the last."""
         self.step, self.metrics = step, metrics
         if step >= self.total:

@@ -249,7 +249,7 @@ class TabularPolicy(nn.Module):
         eos_id: int | None = None,
         scale: float = 1.0,
         generator: torch.Generator | None = None,
-    ):
+    ) -> None:
         super().__init__()
         _check_sizes(vocab_size, length, eos_id)
         self.vocab_size, self.length, self.eos_id = vocab_size, length, eos_id

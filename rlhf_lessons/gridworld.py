@@ -109,7 +109,7 @@ class GridWorld:
         pit_reward: float = -1.0,
         gamma: float = 0.95,
         actions: tuple[str, ...] = tuple(MOVES),
-    ):
+    ) -> None:
         _check_map(text)
         _check_settings(slip, gamma, actions)
         self.text, self.gamma, self.actions = text, gamma, tuple(actions)
@@ -129,7 +129,7 @@ class GridWorld:
         self.rewards = ((step_reward + arrival) * leaving).expand_as(self.transition)
 
     @classmethod
-    def named(cls, name: str, **overrides) -> "GridWorld":
+    def named(cls, name: str, **overrides: float | str | tuple[str, ...]) -> "GridWorld":
         """One of `GRIDS`: "four_by_three", "cliff", "two_by_two" or "corridor"."""
         if name not in GRIDS:
             raise ValueError(f"name must be one of {', '.join(GRIDS)}; got {name!r}")

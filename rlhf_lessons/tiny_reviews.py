@@ -10,10 +10,15 @@ the measure by which reward hacking shows.
 """
 
 import random
+from collections.abc import Sequence
 from itertools import pairwise, product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 MAX_RESPONSE_TOKENS = 24  # including EOS
 
@@ -178,7 +183,7 @@ def _edge_words(symbol, edge):
     return {w for rule in options for w in _edge_words(rule[edge], edge)} if options else {symbol}
 
 
-def allowed_pairs():
+def allowed_pairs() -> set[tuple[str, str]]:
     """All pairs of adjacent words that the grammar can produce, with <bos> and <eos> as edges.
 
     Two words can be neighbours if one rule has two neighbouring symbols of which the left one can
@@ -223,7 +228,7 @@ def _draw(rng, tone):
     return words
 
 
-def sample_review(generator):
+def sample_review(generator: torch.Generator) -> tuple[str, str]:
     """Draw one review from the grammar, as (prompt, response).
 
     Reviews that repeat a content word or a word pair, or whose response with its EOS exceeds
@@ -242,12 +247,12 @@ def sample_review(generator):
             return " ".join(prompt), " ".join(response)
 
 
-def sample_corpus(n, generator):
+def sample_corpus(n: int, generator: torch.Generator) -> list[str]:
     """Draw n whole reviews, prompt and response joined: text to pretrain on."""
     return [" ".join(sample_review(generator)) for _ in range(n)]
 
 
-def prompts(n, generator):
+def prompts(n: int, generator: torch.Generator) -> list[str]:
     """Draw n prompts."""
     return [sample_review(generator)[0] for _ in range(n)]
 
@@ -286,7 +291,7 @@ def _repeats(items, start):
     return sum(items[i] in items[:i] for i in range(start, len(items)))
 
 
-def gold_terms(prompt, response):
+def gold_terms(prompt: str, response: str) -> GoldTerms:
     """The gold reward of one response, in its parts.
 
     total = sentiment − violations − repeated_words − 0.25·repeated_pairs
@@ -320,7 +325,7 @@ def _check_texts(**texts):
         raise ValueError(f"{' and '.join(lengths)} must have equal lengths; got {lengths}")
 
 
-def gold_reward(prompts, responses):
+def gold_reward(prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
     """Gold reward of each response (`gold_terms`): B prompts, B responses -> (B,) float32.
 
     Raises ValueError if the two lists differ in length.
@@ -333,7 +338,14 @@ def gold_reward(prompts, responses):
 # --- Simulated annotators -----------------------------------------------------------------------
 
 
-def annotate_pairs(prompts, responses_a, responses_b, generator, *, temperature=ANNOTATOR_TEMPERATURE):
+def annotate_pairs(
+    prompts: Sequence[str],
+    responses_a: Sequence[str],
+    responses_b: Sequence[str],
+    generator: torch.Generator,
+    *,
+    temperature: float = ANNOTATOR_TEMPERATURE,
+) -> Tensor:
     """Choose between two responses to each prompt: -> (B,) bool, True where a is chosen.
 
     P(a ≻ b) = σ((gold_a − gold_b) / temperature), a Bradley–Terry choice (Bradley & Terry 1952).
@@ -346,7 +358,14 @@ def annotate_pairs(prompts, responses_a, responses_b, generator, *, temperature=
     return torch.rand(len(prompts), generator=generator) < torch.sigmoid(margin / temperature)
 
 
-def preference_pairs(prompts, responses_a, responses_b, generator, *, temperature=ANNOTATOR_TEMPERATURE):
+def preference_pairs(
+    prompts: Sequence[str],
+    responses_a: Sequence[str],
+    responses_b: Sequence[str],
+    generator: torch.Generator,
+    *,
+    temperature: float = ANNOTATOR_TEMPERATURE,
+) -> list[dict[str, str]]:
     """Annotated pairs as a list of dicts with `prompt`, `chosen`, `rejected`."""
     choices = annotate_pairs(prompts, responses_a, responses_b, generator, temperature=temperature)
     return [
@@ -358,12 +377,12 @@ def preference_pairs(prompts, responses_a, responses_b, generator, *, temperatur
 class Annotators(NamedTuple):
     """Private rating scales of A annotators; each field is (A,)."""
 
-    offset: torch.Tensor  # rating given to a gold reward of 0
-    stretch: torch.Tensor  # rating points per unit of gold reward, > 0
-    noise: torch.Tensor  # standard deviation of one rating, in rating points
+    offset: Tensor  # rating given to a gold reward of 0
+    stretch: Tensor  # rating points per unit of gold reward, > 0
+    noise: Tensor  # standard deviation of one rating, in rating points
 
 
-def sample_annotators(num_annotators, generator):
+def sample_annotators(num_annotators: int, generator: torch.Generator) -> Annotators:
     """Draw scales: offset ~ U(3, 7), stretch log-uniform on (0.5, 2), noise = 0.5·stretch."""
     if num_annotators < 1:
         raise ValueError(f"num_annotators must be at least 1; got {num_annotators}")
@@ -372,7 +391,9 @@ def sample_annotators(num_annotators, generator):
     return Annotators(offset, stretch, 0.5 * stretch)
 
 
-def absolute_ratings(prompts, responses, annotators, generator):
+def absolute_ratings(
+    prompts: Sequence[str], responses: Sequence[str], annotators: Annotators, generator: torch.Generator
+) -> Tensor:
     """Every annotator rates every review on the private scale: -> (A, B).
 
     rating_ab = offset_a + stretch_a·gold_b + noise_a·ε_ab with ε standard normal.
@@ -388,7 +409,7 @@ def absolute_ratings(prompts, responses, annotators, generator):
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0 to 3; the words follow
 
 
-def build_tokenizer():
+def build_tokenizer() -> "PreTrainedTokenizerFast":
     """Word-level tokenizer over the grammar's words: a `PreTrainedTokenizerFast`.
 
     Encoding adds <bos> in front and nothing behind, so "" is <bos> alone; decoding with

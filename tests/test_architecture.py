@@ -201,6 +201,87 @@ def test_no_file_is_named_after_nothing():
     assert not {"utils", "util", "helpers", "misc", "common"} & {path.stem for path in TREES}
 
 
+# --- annotations and messages ------------------------------------------------------------------
+
+# Modules that do not keep these two rules yet.
+NOT_YET = (
+    "rollout trainer decoding fitting models data stages sources report record equations parser __main__ bench "
+    "checks/faults checks/lesson_09 checks/lesson_10"
+).split()
+RULED = {
+    name: tree
+    for name, tree in ((path.relative_to(PACKAGE).with_suffix("").as_posix(), tree) for path, tree in TREES.items())
+    if name not in NOT_YET and name.split("/")[0] not in NOT_YET
+}
+# What a refusal may be other than "x must be …; got …": about a file or a folder, or about two options.
+OTHER_REFUSALS = r"\{\}(, line \{\})?: |cannot (load|read|write) |give --"
+
+
+def unannotated(tree):
+    """(function, argument or "return") for each annotation that a public function or method lacks."""
+    for owner in ast.walk(tree):
+        for node in owner.body if isinstance(owner, (ast.Module, ast.ClassDef)) else []:
+            if isinstance(node, FUNCTIONS) and not re.match(r"_(?!_)", node.name):
+                args = node.args
+                arguments = [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
+                bare = [x.arg for x in arguments if x.annotation is None and x.arg not in ("self", "cls")]
+                yield from ((node.name, name) for name in bare + ["return"] * (node.returns is None))
+
+
+def refusals(tree):
+    """The message of each `raise ValueError(...)`, what is filled in shown as {}."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and node.exc and ast.unparse(node.exc).startswith("ValueError("):
+            message = node.exc.args[0]
+            parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in parts)
+
+
+def in_dialect(message):
+    known = " must " in message or re.match(OTHER_REFUSALS, message)
+    return bool(known) and not re.search("expected|, got ", message)
+
+
+@pytest.mark.parametrize("name", RULED)
+def test_public_functions_are_annotated(name):
+    assert list(unannotated(RULED[name])) == []
+
+
+@pytest.mark.parametrize("name", RULED)
+def test_what_is_refused_is_refused_in_one_dialect(name):
+    """ "x must be …; got …", so that a reader finds the argument first, then the rule, then what came."""
+    assert [message for message in refusals(RULED[name]) if not in_dialect(message)] == []
+
+
+def test_a_missing_annotation_is_found():
+    code = """
+def f(a, *b, c: int = 0, d=lambda x: x, **e: int) -> None: ...
+def _private(a): ...
+class C:
+    def __init__(self, a: int): ...
+    def _private(self, a): ...
+    @classmethod
+    def g(cls, a: int) -> int:
+        def inner(b): ...
+"""
+    assert sorted(unannotated(ast.parse(code))) == [("__init__", "return"), ("f", "a"), ("f", "b"), ("f", "d")]
+
+
+def test_another_dialect_is_found():
+    code = """
+raise ValueError(f"{name} must be at least 1; got {n}")
+raise ValueError(f"{path}, line {n}: not " "JSON")
+raise ValueError("cannot load a model from there")
+raise ValueError(f"{name}: expected at least 1, got {n}")
+raise ValueError(f"n must be at least 1, got {n}")
+raise ValueError("wrong n")
+raise ValueError(message)
+"""
+    found = list(refusals(ast.parse(code)))
+    assert found[:2] == ["{} must be at least 1; got {}", "{}, line {}: not JSON"]
+    assert list(map(in_dialect, found)) == [True, True, True, False, False, False, False]
+
+
 # --- docstrings and equations ------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ answer explains is refused with the smallest failing input, shown in numbers.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -70,7 +70,7 @@ class Check:
     outputs: tuple[str, ...] = ("result",)
     adapt: Callable[[object], Callable] = lambda answer: answer  # what the learner wrote -> a function of the inputs
 
-    def __call__(self, answer) -> None:
+    def __call__(self, answer: object) -> None:
         """Judge the learner's function."""
         if not callable(answer):
             raise AssertionError(
@@ -176,18 +176,20 @@ def wrong_outcomes(check: Check, wrong: Wrong) -> list[Outcome]:
 class NoNumpy(TorchFunctionMode):
     """Inside, turning a tensor into a numpy array raises: it would cut the graph and leave the device."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         if func in (Tensor.numpy, Tensor.__array__):
             raise TypeError("numpy")
         return func(*args, **(kwargs or {}))
 
 
-def as_tuple(returned) -> tuple[Tensor, ...]:
+def as_tuple(returned: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """One tensor or several, as a tuple."""
     return (returned,) if isinstance(returned, Tensor) else tuple(returned)
 
 
-def copy_of(value):
+def copy_of(value: object) -> object:
     """A tensor with numbers of its own, laid out in memory as before; anything else as it is."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
@@ -197,7 +199,7 @@ def cotangent(x: Tensor) -> Tensor:
     return torch.linspace(0.5, 1.5, max(x.numel(), 2), dtype=x.dtype)[: x.numel()].view(x.shape)
 
 
-def unchanged(value, before) -> bool:
+def unchanged(value: object, before: object) -> bool:
     """Whether an argument still holds the numbers it came with."""
     return not isinstance(before, Tensor) or same(value, before, rtol=0, atol=0)
 
@@ -221,7 +223,7 @@ def agree(one: Outcome, other: Outcome) -> bool:
     )
 
 
-def describe_type(value) -> str:
+def describe_type(value: object) -> str:
     """What a value is, for a message: "a numpy array", "a float", ..."""
     if type(value).__module__ == "numpy":
         return "a numpy array" if type(value).__name__ == "ndarray" else "a numpy number"
@@ -231,7 +233,7 @@ def describe_type(value) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def type_problem(returned, outputs: tuple[str, ...]) -> str:
+def type_problem(returned: object, outputs: tuple[str, ...]) -> str:
     """The hint for a return value that is not made of tensors, or not of as many as expected; "" if it is."""
     if returned is None:
         return "Your function returns None: is its last line a return?"
@@ -343,7 +345,7 @@ def both(name: str, got: Tensor, expected: Tensor) -> str:
     return f"    {name}: expected {numbers(expected)}\n    {' ' * len(name)}       got {numbers(got)}"
 
 
-def numbers(value) -> str:
+def numbers(value: object) -> str:
     """A value in at most 400 characters, its numbers to 4 digits."""
     if not isinstance(value, Tensor):
         return repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
@@ -352,7 +354,7 @@ def numbers(value) -> str:
     return text if len(text) <= 400 else f"{text[:400]} ..., a tensor of shape {tuple(value.shape)}"
 
 
-def round_nested(x):
+def round_nested(x: list | float) -> list | float:
     """Nested lists of floats, to 4 digits."""
     return [round_nested(y) for y in x] if isinstance(x, list) else float(f"{x:.4g}")
 
@@ -366,7 +368,7 @@ class Misconception:
     hint: str
 
 
-def first_misconception(misconceptions: tuple[Misconception, ...], *answer) -> None:
+def first_misconception(misconceptions: tuple[Misconception, ...], *answer: object) -> None:
     """Raise AssertionError with the hint of the first misconception that the answer shows, if any."""
     for misconception in misconceptions:
         if misconception.applies(*answer):

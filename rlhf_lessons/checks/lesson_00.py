@@ -1,5 +1,7 @@
 """Lesson 00: who made what in one traced sample. No code, but a table to fill in."""
 
+from collections.abc import Callable
+
 from rlhf_lessons.checks._harness import CORRECT, NOT_ATTEMPTED, Misconception, first_misconception
 
 MODELS = ("policy", "critic", "reward", "reference")
@@ -13,12 +15,12 @@ TRACE = {  # what stands in a traced sample -> the model that produced it
 TRAINED = {"policy", "critic"}
 
 
-def says(key: str, model: str):
+def says(key: str, model: str) -> Callable[[dict], bool]:
     """Whether the answers name this model for this tensor."""
     return lambda answers: answers.get(key) == model
 
 
-def trains(test):
+def trains(test: Callable[[set], bool]) -> Callable[[dict], bool]:
     """Whether what the answers say of training fulfils a test on that set; unanswered does not."""
     return lambda answers: answers.get("trained") is not None and test(set(answers["trained"]))
 

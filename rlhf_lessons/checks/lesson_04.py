@@ -1,6 +1,7 @@
 """Lesson 04: reward-to-go, and a baseline that must not see the action."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,6 +9,8 @@ from torch import Tensor
 from rlhf_lessons import baselines, policy_gradient
 from rlhf_lessons.checks._harness import Case, Check, Wrong
 from rlhf_lessons.checks._inputs import Draw, prefix_mask, transposed, under_padding
+
+OfSteps = Callable[[Tensor, Tensor], Tensor]  # a number, or yes or no, for each pair of steps t and u
 
 # --- Exercise: reward_to_go --------------------------------------------------------------------
 
@@ -34,7 +37,7 @@ def reward_to_go_cases() -> list[Case]:
     ]
 
 
-def power_sum(rewards: Tensor, mask: Tensor | None, exponent, counts=lambda t, u: u >= t) -> Tensor:
+def power_sum(rewards: Tensor, mask: Tensor | None, exponent: OfSteps, counts: OfSteps = lambda t, u: u >= t) -> Tensor:
     """Σ_u γ^exponent(t, u) r_u over the u that count, as one matrix product, masked."""
     kept = rewards if mask is None else torch.where(mask, rewards, 0)
     t, u = torch.meshgrid(*[torch.arange(rewards.shape[1])] * 2, indexing="ij")
@@ -43,7 +46,7 @@ def power_sum(rewards: Tensor, mask: Tensor | None, exponent, counts=lambda t, u
     return total if mask is None else torch.where(mask, total, 0)
 
 
-def summed(power, counts=lambda t, u: u >= t):
+def summed(power: OfSteps, counts: OfSteps = lambda t, u: u >= t) -> Callable[..., Tensor]:
     """A wrong reward-to-go: discount γ^power(t, u), rewards u that count for step t."""
     return lambda rewards, mask=None, *, gamma: power_sum(
         rewards, mask, lambda t, u: gamma ** power(t, u).clamp(min=0).to(rewards.dtype), counts

@@ -1,6 +1,7 @@
 """Lesson 05: generalised advantage estimation, in one episode and in several packed into a row."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -41,15 +42,15 @@ def gae_cases() -> list[Case]:
 
 def misread(
     *,
-    decay=lambda gamma, lam: gamma * lam,
-    foresight=lambda gamma: gamma,
-    minus_value=1.0,
-    sees_next=True,
-    cut_value=True,
-    cut_sum=True,
-    clean=True,
-    returns=lambda adv, rewards, values: adv + values,
-):
+    decay: Callable[[float, float], float] = lambda gamma, lam: gamma * lam,
+    foresight: Callable[[float], float] = lambda gamma: gamma,
+    minus_value: float = 1.0,
+    sees_next: bool = True,
+    cut_value: bool = True,
+    cut_sum: bool = True,
+    clean: bool = True,
+    returns: Callable[..., Tensor] = lambda adv, rewards, values: adv + values,
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """GAE as its recursion is written, with one thing read wrongly.
 
     decay, foresight: the factors of Â_{t+1} and of V(s_{t+1}); minus_value: that of V(s_t); sees_next: whether δ looks
@@ -75,13 +76,17 @@ def misread(
     return wrong_gae
 
 
-def averaged(rewards, values, mask=None, *, gamma, lam):
+def averaged(
+    rewards: Tensor, values: Tensor, mask: Tensor | None = None, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """GAE with the factor 1 − λ of the infinite sum of n-step advantages left on the TD residuals."""
     result, returns = advantages.gae(rewards, values, mask, gamma=gamma, lam=lam)
     return (1 - lam) * result, returns - lam * result
 
 
-def forwards(rewards, values, mask=None, *, gamma, lam):
+def forwards(
+    rewards: Tensor, values: Tensor, mask: Tensor | None = None, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """The recursion run from the first step on: every advantage collects the past."""
     delta = advantages.td_residuals(rewards, values, mask, gamma=gamma)
     carried, steps = torch.zeros_like(delta[:, 0]), []
@@ -232,7 +237,12 @@ def packed_cases() -> list[Case]:
     ]
 
 
-def misread_ends(*, value_ends=lambda end: end, sum_ends=lambda end: end, keeps=lambda end: torch.ones_like(end)):
+def misread_ends(
+    *,
+    value_ends: Callable[[Tensor], Tensor] = lambda end: end,
+    sum_ends: Callable[[Tensor], Tensor] = lambda end: end,
+    keeps: Callable[[Tensor], Tensor] = torch.ones_like,
+) -> Callable[..., Tensor]:
     """Packed GAE with the flags that cut the next value, the sum and the rewards read wrongly."""
 
     def wrong_gae(rewards, values, terminated, *, gamma, lam):

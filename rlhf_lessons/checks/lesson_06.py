@@ -1,5 +1,7 @@
 """Lesson 06: the importance ratio, and where importance sampling cannot work."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -98,7 +100,7 @@ def has_support(p: Tensor, q: Tensor, f: Tensor) -> Tensor:
     return ((q > 0) | (p * f == 0)).all()
 
 
-def yes_or_no(my_has_support):
+def yes_or_no(my_has_support: Callable[..., bool | Tensor]) -> Callable[..., Tensor]:
     """The learner's function, with True or False as a tensor; a ValueError says no."""
 
     def answer(p, q, f):

@@ -1,6 +1,7 @@
 """Lesson 07: PPO's clipped loss, and two signs that are easy to lose."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,13 +51,13 @@ def clipped_cases() -> list[Case]:
 
 def misread(
     *,
-    ratio=lambda new, old: (new - old).exp(),
-    clip=lambda ratio, eps: ratio.clamp(1 - eps, 1 + eps),
-    choose=lambda whole, clipped: torch.min(whole, clipped),
-    mean=lambda terms, mask: real(terms, mask).sum() / tokens_of(terms, mask),
-    sign=-1.0,
-    silence=True,
-):
+    ratio: Callable[..., Tensor] = lambda new, old: (new - old).exp(),
+    clip: Callable[..., Tensor] = lambda ratio, eps: ratio.clamp(1 - eps, 1 + eps),
+    choose: Callable[..., Tensor] = torch.min,
+    mean: Callable[..., Tensor] = lambda terms, mask: real(terms, mask).sum() / tokens_of(terms, mask),
+    sign: float = -1.0,
+    silence: bool = True,
+) -> Callable[..., Tensor]:
     """The clipped loss with one thing read wrongly; silence: whether the padding is replaced before it is used."""
 
     def wrong_loss(log_probs, old_log_probs, advantages, mask=None, *, clip_eps):
@@ -197,7 +198,7 @@ def two_bug_cases() -> list[Case]:
     ]
 
 
-def suspect(choose, sign: float):
+def suspect(choose: Callable[..., Tensor], sign: float) -> Callable[..., Tensor]:
     """The hunted function with its two suspects set: which of the terms is taken, and the sign of the entropy."""
 
     def wrong_loss(ratio, advantages, entropy, *, clip_eps, ent_coef):

@@ -1,6 +1,7 @@
 """Lesson 08: estimates of the KL divergence from samples, and the rewards that contain it."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,7 +28,12 @@ def sampled_kl_cases() -> list[Case]:
     return plain + more + rest + [case("float32", single, kind, lambda x: x, 2, 3) for kind in KINDS]
 
 
-def kinds(k1=lambda d: d, k2=lambda d: 0.5 * d.square(), k3=lambda d: (-d).exp() - 1 + d, difference=torch.sub):
+def kinds(
+    k1: Callable[[Tensor], Tensor] = lambda d: d,
+    k2: Callable[[Tensor], Tensor] = lambda d: 0.5 * d.square(),
+    k3: Callable[[Tensor], Tensor] = lambda d: (-d).exp() - 1 + d,
+    difference: Callable[[Tensor, Tensor], Tensor] = torch.sub,
+) -> Callable[..., Tensor]:
     """The three estimators of d = log π − log π_ref, some of them read wrongly."""
     formulas = {"k1": k1, "k2": k2, "k3": k3}
     return lambda log_probs, ref_log_probs, *, kind: formulas[kind](difference(log_probs, ref_log_probs))
@@ -140,12 +146,19 @@ def last_step(mask: Tensor) -> Tensor:
     return torch.arange(mask.shape[1]) == mask.sum(1, keepdim=True) - 1
 
 
-def at(index):
+def at(index: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """True on the step that `index` says, a number per row; beyond the end there is none."""
     return lambda mask: torch.arange(mask.shape[1]) == index(mask)[:, None]
 
 
-def misread(*, price=-1.0, paid=lambda mask: mask, place=last_step, gain=lambda scores, beta: scores, clean=True):
+def misread(
+    *,
+    price: float = -1.0,
+    paid: Callable[[Tensor], Tensor] = lambda mask: mask,
+    place: Callable[[Tensor], Tensor] = last_step,
+    gain: Callable[[Tensor, float], Tensor] = lambda scores, beta: scores,
+    clean: bool = True,
+) -> Callable[..., Tensor]:
     """Shaped rewards with one thing read wrongly: the KL's sign, the steps that pay it, where the score goes."""
 
     def wrong_rewards(scores, kl, mask, *, kl_coef):
@@ -156,7 +169,7 @@ def misread(*, price=-1.0, paid=lambda mask: mask, place=last_step, gain=lambda 
     return wrong_rewards
 
 
-def toll_at_the_end(scores, kl, mask, *, kl_coef):
+def toll_at_the_end(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
     """The whole sequence's KL charged on the last step."""
     total = torch.where(mask, kl, 0).sum(1)
     return torch.where(last_step(mask), (scores - kl_coef * total)[:, None], 0)

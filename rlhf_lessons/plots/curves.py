@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlhf_lessons.plots.style import COLORS, as_array, axes_for, concept_style, plain_log_axis, styles_for
+from rlhf_lessons.plots.style import COLORS, Numbers, as_array, axes_for, concept_style, plain_log_axis, styles_for
 
 # A metric's name in metrics.jsonl -> its axis label with units, and the concept whose colour it has.
 METRICS = {
@@ -24,15 +25,17 @@ METRICS = {
     "value_loss": ("value loss (reward²)", "value"),
     "grad_norm": ("gradient norm", "neutral"),
 }
+# Rows of one run, a list of seeds, or a dict of either by label.
+Runs = list[dict] | list[list[dict]] | dict[str, list]
 TRAINING_PANELS = (("score", "gold"), ("kl",), ("entropy",), ("clip_fraction",), ("explained_variance",))
 
 
-def draw_line(ax: Axes, x, y, style: dict, label: str | None = None) -> None:
+def draw_line(ax: Axes, x: np.ndarray, y: np.ndarray, style: dict, label: str | None = None) -> None:
     """One curve with about eight of its markers, so that they tell curves apart without hiding them."""
     ax.plot(x, y, markevery=max(1, len(x) // 8), label=label, **style)
 
 
-def draw_band(ax: Axes, x, seeds: np.ndarray, style: dict, label: str | None, band: str) -> None:
+def draw_band(ax: Axes, x: np.ndarray, seeds: np.ndarray, style: dict, label: str | None, band: str) -> None:
     """The mean over seeds (K, N) and, for more than one seed, from minimum to maximum or ± one standard deviation."""
     mean, sd = seeds.mean(axis=0), seeds.std(axis=0)
     bounds = {"minmax": (seeds.min(axis=0), seeds.max(axis=0)), "sd": (mean - sd, mean + sd)}
@@ -44,8 +47,8 @@ def draw_band(ax: Axes, x, seeds: np.ndarray, style: dict, label: str | None, ba
 
 
 def curve(
-    x,
-    ys: dict[str, Sequence],
+    x: Numbers,
+    ys: dict[str, Numbers],
     *,
     xlabel: str,
     ylabel: str,
@@ -72,9 +75,9 @@ def curve(
 
 
 def learning_curves(
-    curves: dict[str, Sequence],
+    curves: dict[str, Numbers],
     *,
-    x=None,
+    x: Numbers | None = None,
     xlabel: str = "iteration",
     ylabel: str = "return",
     band: str = "minmax",
@@ -95,7 +98,7 @@ def learning_curves(
     return figure
 
 
-def runs_by_label(runs) -> dict[str, list[list[dict]]]:
+def runs_by_label(runs: Runs) -> dict[str, list[list[dict]]]:
     """Rows of one run, a list of seeds, or a dict of either by label -> label -> seeds, each a list of metric dicts."""
     runs = runs if isinstance(runs, dict) else {"": runs}
     seeds = {str(label): [run] if run and isinstance(run[0], dict) else list(run) for label, run in runs.items()}
@@ -122,7 +125,7 @@ def metric_series(seeds: list[list[dict]], name: str) -> tuple[np.ndarray, np.nd
     return np.array(shared), np.array([[table[i] for i in shared] for table in tables], dtype=np.float64)
 
 
-def training_curves(runs, *, metrics: Sequence[str] | None = None, band: str = "minmax") -> Figure:
+def training_curves(runs: Runs, *, metrics: Sequence[str] | None = None, band: str = "minmax") -> Figure:
     """A grid of a run's metrics over its iterations: proxy and gold reward, KL, entropy, clip fraction, critic.
 
     runs: the rows of `metrics.jsonl`; or a list of such lists, one per seed, drawn as mean and band; or a dict of
@@ -164,7 +167,7 @@ def panel_grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
     return figure, list(axes.flat[:count])
 
 
-def proxy_and_gold(runs, *, band: str = "minmax") -> Figure:
+def proxy_and_gold(runs: Runs, *, band: str = "minmax") -> Figure:
     """Proxy and gold reward over the iterations, in their colours: a panel per run, named above it, on one scale.
 
     runs: as in `training_curves`, with `score` and `gold`. Raises ValueError for a run without one of them.
@@ -192,7 +195,7 @@ def draw_cloud(ax: Axes, x: np.ndarray, y: np.ndarray, style: dict, label: str) 
     ax.plot(x[-1], y[-1], markersize=9, markeredgecolor="white", label=label, zorder=5, **look)
 
 
-def overoptimisation(runs, *, x: str = "sqrt_kl", band: str = "minmax") -> Figure:
+def overoptimisation(runs: Runs, *, x: str = "sqrt_kl", band: str = "minmax") -> Figure:
     """Proxy against gold reward, as the policy moves away from the reference.
 
     runs: as in `training_curves`, with `score`, `gold` and `kl`, labelled by β. x: "sqrt_kl" or "iteration". Over √KL
@@ -286,7 +289,7 @@ def bar_colors(labels: list[str], concepts: dict[str, str] | None) -> list[str]:
 
 
 def variance_ranking(
-    variances: dict[str, float], *, xlabel: str = "variance of the gradient estimate (log scale)", **options
+    variances: dict[str, float], *, xlabel: str = "variance of the gradient estimate (log scale)", **options: Any
 ) -> Figure:
     """Estimators ranked by variance, the smallest on top, on a log axis. Options as in `bars`."""
     as_array("variances", list(variances.values()))
@@ -295,7 +298,12 @@ def variance_ranking(
 
 
 def bias_variance(
-    lam, squared_bias, variance, *, ylabel: str = "squared error of the advantage", ax: Axes | None = None
+    lam: Numbers,
+    squared_bias: Numbers,
+    variance: Numbers,
+    *,
+    ylabel: str = "squared error of the advantage",
+    ax: Axes | None = None,
 ) -> Figure:
     """Squared bias, variance and their sum, the mean squared error, over λ; its minimum is marked. All (N,)."""
     lam = as_array("lam", lam, ndim=1)
@@ -315,7 +323,12 @@ def bias_variance(
 
 
 def ess_against_kl(
-    kl, ess, *, num_samples: int, concepts: dict[str, str] | None = None, ax: Axes | None = None
+    kl: Numbers,
+    ess: Numbers | dict[str, Numbers],
+    *,
+    num_samples: int,
+    concepts: dict[str, str] | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Share of the samples that is left, N_eff / N, over the KL between both policies: ess (K,), or a dict of them."""
     if num_samples < 1:

@@ -10,10 +10,21 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
-from rlhf_lessons.plots.style import COLORS, SIGNED, as_array, axes_for, cell_color, cell_text, ink, signed_scale
+from rlhf_lessons.gridworld import GridWorld
+from rlhf_lessons.plots.style import (
+    COLORS,
+    SIGNED,
+    Numbers,
+    as_array,
+    axes_for,
+    cell_color,
+    cell_text,
+    ink,
+    signed_scale,
+)
 
 
-def grid_axes(world, ax: Axes | None) -> tuple[Figure, Axes]:
+def grid_axes(world: GridWorld, ax: Axes | None) -> tuple[Figure, Axes]:
     """The empty map: walls dark, goal and pit framed and named, the start marked S, row 0 on top."""
     rows, columns = world.walls.shape
     figure, ax = axes_for(ax, figsize=(1.7 + 1.1 * columns, (0.9 if rows > 2 else 1.8) + 1.1 * rows))
@@ -46,7 +57,12 @@ def color_bar(figure: Figure, ax: Axes, scale: Normalize, label: str) -> None:
 
 
 def grid_values(
-    world, values, *, label: str = "V(s), expected discounted return", digits: int = 2, ax: Axes | None = None
+    world: GridWorld,
+    values: Numbers,
+    *,
+    label: str = "V(s), expected discounted return",
+    digits: int = 2,
+    ax: Axes | None = None,
 ) -> Figure:
     """A number per state on the map: world a `GridWorld`, values (S,). Red is below 0, blue above."""
     values = as_array("values", values, ndim=1, length=world.num_states)
@@ -62,7 +78,12 @@ def grid_values(
 
 
 def grid_action_values(
-    world, values, *, label: str = "Q(s, a), expected discounted return", digits: int = 2, ax: Axes | None = None
+    world: GridWorld,
+    values: Numbers,
+    *,
+    label: str = "Q(s, a), expected discounted return",
+    digits: int = 2,
+    ax: Axes | None = None,
 ) -> Figure:
     """A number per state and action, on the side of the cell where the action leads; a state's largest is bold.
 
@@ -90,7 +111,7 @@ def grid_action_values(
     return figure
 
 
-def grid_policy(world, policy, *, ax: Axes | None = None) -> Figure:
+def grid_policy(world: GridWorld, policy: Numbers, *, ax: Axes | None = None) -> Figure:
     """A policy as arrows, each as long as its action is likely: world a `GridWorld`, policy (S, A) probabilities."""
     policy = as_array("policy", policy, ndim=2, length=world.num_states)
     if policy.shape[1] != world.num_actions or not np.allclose(policy.sum(axis=1), 1) or (policy < 0).any():
@@ -110,7 +131,7 @@ def grid_policy(world, policy, *, ax: Axes | None = None) -> Figure:
     return figure
 
 
-def grid_path(world, states, *, ax: Axes | None = None) -> Figure:
+def grid_path(world: GridWorld, states: Numbers, *, ax: Axes | None = None) -> Figure:
     """One walk on the map: states (T+1,) in order. Each cell lists the time steps at which the walk was there."""
     states = as_array("states", states, ndim=1).astype(int)
     if states.min() < 0 or states.max() >= world.num_states:

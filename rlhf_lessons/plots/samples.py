@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf_lessons.importance import effective_sample_size
-from rlhf_lessons.plots.style import COLORS, as_array, axes_for, concept_style, plain_log_axis, styles_for
+from rlhf_lessons.plots.style import COLORS, Numbers, as_array, axes_for, concept_style, plain_log_axis, styles_for
 from rlhf_lessons.preferences import preference_probability
 
 
-def weight_histogram(weights, *, bins: int = 40, ax: Axes | None = None) -> Figure:
+def weight_histogram(weights: Numbers | dict[str, Numbers], *, bins: int = 40, ax: Axes | None = None) -> Figure:
     """Importance weights (N,), or a dict of them, on a log axis: shares, and how many equal samples they are worth.
 
     Weights of 0 are counted in the label. Raises ValueError for negative ones, or when none is positive.
@@ -46,8 +46,8 @@ def weight_histogram(weights, *, bins: int = 40, ax: Axes | None = None) -> Figu
 
 
 def scatter(
-    x,
-    y,
+    x: Numbers,
+    y: Numbers,
     *,
     xlabel: str,
     ylabel: str,
@@ -71,7 +71,7 @@ def scatter(
     return figure
 
 
-def reward_against_gold(reward, gold, *, ax: Axes | None = None) -> Figure:
+def reward_against_gold(reward: Numbers, gold: Numbers, *, ax: Axes | None = None) -> Figure:
     """What the reward model says against the gold reward, a point per response. reward, gold (N,)."""
     return scatter(
         as_array("gold", gold, ndim=1),
@@ -83,7 +83,7 @@ def reward_against_gold(reward, gold, *, ax: Axes | None = None) -> Figure:
     )
 
 
-def draw_shares(ax: Axes, x, hits, edges, style: dict, label: str) -> None:
+def draw_shares(ax: Axes, x: np.ndarray, hits: np.ndarray, edges: np.ndarray, style: dict, label: str) -> None:
     """Share of hits (N,) among the points x (N,) of each bin, ± one binomial standard error, at the bin's mean x."""
     bin_of = np.clip(np.digitize(x, edges) - 1, 0, len(edges) - 2)
     filled = np.unique(bin_of)
@@ -94,7 +94,7 @@ def draw_shares(ax: Axes, x, hits, edges, style: dict, label: str) -> None:
     ax.errorbar(centre, share, yerr=error, capsize=3, label=label, **{**style, "linestyle": "none"})
 
 
-def calibration(predicted, outcomes, *, bins: int = 10, ax: Axes | None = None) -> Figure:
+def calibration(predicted: Numbers, outcomes: Numbers, *, bins: int = 10, ax: Axes | None = None) -> Figure:
     """How often the preferred answer won, among the pairs for which the model gave that probability.
 
     predicted (N,) in [0, 1], outcomes (N,) 0 or 1. Bins of equal width; bars are ± one standard error of the share.
@@ -115,7 +115,13 @@ def calibration(predicted, outcomes, *, bins: int = 10, ax: Axes | None = None) 
 
 
 def ratings_and_comparisons(
-    gold, ratings, margins, a_chosen, *, temperature: float | None = None, bins: int = 12
+    gold: Numbers,
+    ratings: Numbers,
+    margins: Numbers,
+    a_chosen: Numbers,
+    *,
+    temperature: float | None = None,
+    bins: int = 12,
 ) -> Figure:
     """Left: each annotator's ratings on a private scale. Right: the same annotators' comparisons, on one common curve.
 

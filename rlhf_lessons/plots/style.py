@@ -6,6 +6,7 @@ settings) gets shades of cividis, which rise in lightness.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from rlhf_lessons.display import number
+
+Numbers = Sequence | np.ndarray | torch.Tensor  # what `as_array` takes
 
 COLORS = {
     "policy": "#0072B2",  # what is trained
@@ -110,7 +113,7 @@ def axes_for(ax: Axes | None, *, figsize: tuple[float, float] | None = None) -> 
     return plt.subplots(figsize=figsize, layout="constrained")
 
 
-def as_array(name: str, values, *, ndim: int | None = None, length: int | None = None) -> np.ndarray:
+def as_array(name: str, values: Numbers, *, ndim: int | None = None, length: int | None = None) -> np.ndarray:
     """A tensor, list or array as float64 numbers; ValueError, naming it, for anything else, or for another shape."""
     try:
         if isinstance(values, torch.Tensor):
