@@ -1,6 +1,7 @@
 """What notebooks print: a function's source, a response token by token, samples side by side, equations, progress.
 
-Everything is plain text that comes out the same on every machine: no object addresses, no times, no colours.
+Everything is plain text that comes out the same on every machine: no object addresses, no times, no colours. The
+command line shares the progress and `say`.
 """
 
 import ast
@@ -175,71 +176,81 @@ def print_beside(left: list[str], right: list[str], width: int) -> None:
 # ---- progress --------------------------------------------------------------------------
 
 
-class Progress:
-    """A line that follows long work and, at its end, leaves "50/50 iterations  reward 2.1  KL 6.4".
+def say(text: str) -> None:
+    """One line to the user on stderr, beside the progress bars."""
+    print(text, file=sys.stderr, flush=True)
 
-    In a terminal it is a bar with the time left; in a notebook one line of text that replaces itself; elsewhere nothing
-    is shown until the end. What remains holds no time, so that a notebook's output does not depend on the machine.
+
+class Progress:
+    """Shows how far long work is, with its metrics: a callback, as `on_step` of `PPOTrainer.train`.
+
+    In a notebook it is one line of text that replaces itself and at its end leaves "50/50 iterations  reward 2.1  KL
+    6.4", without a time, so that a notebook's output does not depend on the machine. On a terminal it is a bar with the
+    time left; elsewhere, as in a pipe, a line every tenth of the way: "PPO 5/50  reward 0.31  KL 0.02". Both are on
+    stderr. label: what the work is; without one its unit is named. show: label -> name of a metric.
     """
 
-    def __init__(self, total: int, *, unit: str = "iterations", show: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, total: int, *, label: str = "", unit: str = "iterations", show: dict[str, str] | None = None
+    ) -> None:
         if total < 1:
             raise ValueError(f"total must be at least 1; got {total}")
-        self.total, self.unit = total, unit
+        self.total, self.label, self.unit = total, label, unit
         self.show = {"reward": "score", "KL": "kl"} if show is None else show
-        self.step, self.metrics, self.closed = 0, {}, False
-        self.started = self.shown = time.monotonic()
-        self.bar = tqdm(total=total, unit=f" {unit}", leave=False) if sys.stderr.isatty() else None
+        self.step, self.said, self.metrics = 0, 0, {}
+        self.started = self.refreshed = time.monotonic()
         self.handle = notebook_line()
+        on_terminal = self.handle is None and sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=label or None, dynamic_ncols=True) if on_terminal else None
 
     def __call__(self, step: int, metrics: dict[str, float], batch: object = None) -> None:
-        """Report that `step` steps are done: `PPOTrainer.train(on_step=progress)`. Closes itself after the last."""
+        """Report that `step` steps are done. Closes itself after the last."""
         self.step, self.metrics = step, metrics
-        if step >= self.total:
-            self.close()
-        elif self.bar is not None:
+        if self.bar is not None:
             self.bar.set_postfix_str(self.summary(), refresh=False)
             self.bar.update(step - self.bar.n)
-        elif self.handle is not None and time.monotonic() - self.shown >= REFRESH_SECONDS:
-            self.shown = time.monotonic()
-            left = (self.shown - self.started) * (self.total - step) / step
+        next_tenth = 10 * step // self.total > 10 * self.said // self.total
+        if step >= self.total or (self.handle is self.bar is None and next_tenth):
+            self.close()  # which in a pipe leaves a line and closes nothing
+        elif self.handle is not None and time.monotonic() - self.refreshed >= REFRESH_SECONDS:
+            self.refreshed = time.monotonic()
+            left = (self.refreshed - self.started) * (self.total - step) / step
             self.handle(f"{self.line()}  {left:.0f} s left")
 
     def summary(self) -> str:
-        """The metrics that are shown, of those that there are."""
+        """The metrics that are shown, of those that there are: with one decimal in a notebook, else with two."""
         known = {label: self.metrics[name] for label, name in self.show.items() if self.metrics.get(name) is not None}
-        return "  ".join(f"{label} {number(float(value), 1)}" for label, value in known.items())
+        digits = 2 if self.handle is None else 1
+        return "  ".join(f"{label} {number(float(value), digits)}" for label, value in known.items())
 
     def line(self) -> str:
         """Steps done and metrics: what remains at the end."""
-        return f"{self.step}/{self.total} {self.unit}  {self.summary()}".rstrip()
+        done = f"{self.step}/{self.total}"
+        done = f"{self.label} {done}" if self.label else f"{done} {self.unit}"
+        return f"{done}  {self.summary()}".rstrip()
 
     def close(self) -> None:
         """Leave the final line; called by the last step, or by hand where the work ends early."""
-        if self.closed:
-            return
-        self.closed = True
         if self.bar is not None:
             self.bar.close()
-        if self.handle is not None:
+        elif self.handle is not None:
             self.handle(self.line())
-        else:
-            print(self.line())
+        elif self.said < self.step:
+            self.said = self.step
+            say(self.line())
 
 
-def progress(total: int, *, unit: str = "iterations", show: dict[str, str] | None = None) -> Progress:
-    """A progress line as `on_step` callback: `trainer.train(on_step=progress(50))`. show: label -> name of a metric."""
-    return Progress(total, unit=unit, show=show)
+progress = Progress  # how callers write it: `on_step=display.progress(50)`
 
 
-def fit_progress(unit: str = "steps") -> Callable[[int, int, float], None]:
+def fit_progress(unit: str = "steps", *, label: str = "") -> Callable[[int, int, float], None]:
     """The same for `fit_language_model` and `fit_reward_model`, whose callbacks get (step, steps, loss)."""
-    line: list[Progress] = []
+    shown: list[Progress] = []
 
     def on_step(step: int, steps: int, loss: float) -> None:
-        if not line:
-            line.append(Progress(steps, unit=unit, show={"loss": "loss"}))
-        line[0](step, {"loss": loss})
+        if not shown:
+            shown.append(Progress(steps, label=label, unit=unit, show={"loss": "loss"}))
+        shown[0](step, {"loss": loss})
 
     return on_step
 

@@ -125,12 +125,12 @@ def test_imports_are_absolute(module):
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) & set(LAYER_OF)))
 def test_imports_only_go_down(module):
-    """To lower layers, or to a neighbour; `plots` is the one side module that the surface may use."""
+    """To lower layers, or to a neighbour; of the side modules the surface may use the two that show things."""
     assert package_imports(module) <= set(LAYER_OF)
     own = LAYERS.index(LAYER_OF[module])
     for other in package_imports(module):
-        plots_for_the_surface = other == "plots" and LAYER_OF[module] == "surface"
-        assert LAYERS.index(LAYER_OF[other]) <= own or plots_for_the_surface, f"{module} imports {other}"
+        shown_by_the_surface = other in ("plots", "display") and LAYER_OF[module] == "surface"
+        assert LAYERS.index(LAYER_OF[other]) <= own or shown_by_the_surface, f"{module} imports {other}"
 
 
 @pytest.mark.parametrize("module", ESTIMATORS)

@@ -1,7 +1,15 @@
 """What notebooks print, to the letter."""
 
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
+import time
 import types
 
 import pytest
@@ -199,32 +207,49 @@ def work(line, steps: int) -> None:
         line(step, {"score": 0.7 * step, "kl": 0.04, "loss": 9.0}, None)
 
 
-def test_progress_leaves_one_line_without_times(capsys):
-    work(display.progress(3), 3)
+def test_what_is_said_is_a_line_on_stderr(capsys):
+    display.say("run folder: x")
+    assert capsys.readouterr() == ("", "run folder: x\n")
+
+
+@pytest.mark.parametrize(("total", "shown"), [(50, list(range(5, 51, 5))), (3, [1, 2, 3]), (25, None)])
+def test_off_a_terminal_progress_is_a_line_every_tenth(total, shown, capsys):
+    show = display.progress(total, label="PPO", show={"reward": "score", "gold": "gold", "KL": "kl"})
+    for step in range(1, total + 1):
+        show(step, {"score": step / 2, "kl": 1.0, "loss": 9.0})
     captured = capsys.readouterr()
-    assert captured.out == "3/3 iterations  reward 2.1  KL 0.0\n"
-    assert captured.err == ""
+    lines = captured.err.splitlines()
+    if shown is not None:
+        assert lines == [f"PPO {step}/{total}  reward {step / 2:.2f}  KL 1.00" for step in shown]
+    assert len(lines) == min(total, 10) and lines[-1].startswith(f"PPO {total}/{total}") and captured.out == ""
+
+
+def test_progress_that_begins_half_way_or_leaps_says_each_tenth_once(capsys):
+    show = display.progress(100, show={})
+    for step in (57, 58, 60, 85, 86, 100):
+        show(step, {})
+    assert capsys.readouterr().err.splitlines() == [f"{step}/100 iterations" for step in (57, 60, 85, 100)]
 
 
 def test_progress_can_show_other_metrics_and_lacks_none(capsys):
-    work(display.progress(2, unit="epochs", show={"loss": "loss", "gold": "gold"}), 2)
-    assert capsys.readouterr().out == "2/2 epochs  loss 9.0\n"
+    work(display.progress(1, unit="epochs", show={"loss": "loss", "gold": "gold"}), 1)
+    assert capsys.readouterr().err == "1/1 epochs  loss 9.00\n"
 
 
 def test_progress_can_be_closed_early_and_twice(capsys):
-    line = display.progress(5)
+    line = display.progress(100)
     work(line, 2)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
     line.close()
     line.close()
-    assert capsys.readouterr().out == "2/5 iterations  reward 1.4  KL 0.0\n"
+    assert capsys.readouterr().err == "2/100 iterations  reward 1.40  KL 0.04\n"
 
 
-def test_fitting_reports_its_loss(capsys):
-    on_step = display.fit_progress()
-    for step in (1, 2):
-        on_step(step, 2, 0.69)
-    assert capsys.readouterr().out == "2/2 steps  loss 0.7\n"
+def test_fitting_reports_its_loss_and_learns_its_length_from_the_first_step(capsys):
+    for on_step, place in ((display.fit_progress(), "{}/2 steps"), (display.fit_progress(label="RM"), "RM {}/2")):
+        for step in (1, 2):
+            on_step(step, 2, 0.69)
+        assert capsys.readouterr().err == f"{place.format(1)}  loss 0.69\n{place.format(2)}  loss 0.69\n"
 
 
 def test_progress_needs_a_length():
@@ -232,14 +257,31 @@ def test_progress_needs_a_length():
         display.progress(0)
 
 
-def test_a_terminal_shows_a_bar_with_metrics_and_time_left(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    line = display.progress(4)
-    line.bar.mininterval = 0
-    work(line, 4)
-    captured = capsys.readouterr()
-    assert captured.out == "4/4 iterations  reward 2.8  KL 0.0\n"
-    assert "3/4 [" in captured.err and "reward 2.1  KL 0.0" in captured.err and "<" in captured.err
+def read_all(terminal: int) -> str:
+    """What was written to a pseudo-terminal whose other end is closed; it comes in pieces."""
+    pieces = []
+    with contextlib.suppress(OSError), os.fdopen(terminal, "rb", buffering=0) as file:
+        while piece := file.read(4096):
+            pieces.append(piece)
+    return b"".join(pieces).decode()
+
+
+def test_a_terminal_shows_one_bar_with_metrics_and_time_left_and_keeps_it(monkeypatch, capsys):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        show = display.progress(20, label="PPO")
+        for step in range(1, 21):
+            time.sleep(0.11)  # a bar is drawn ten times a second at the most
+            show(step, {"score": 0.25 * step, "kl": 2.0})
+    text = read_all(ours)
+    # A bar leaves out frames where the machine is slow; those that it draws must be whole.
+    frames = re.findall(r"(\d+)/20 \[\d+:\d+<\d+:\d+,[^]]*?reward (\d\.\d\d)  KL 2\.00\]", text)
+    assert "PPO:" in text and len(frames) >= 5 and frames[-1] == ("20", "5.00")
+    assert all(float(reward) == 0.25 * int(step) for step, reward in frames)
+    assert text.count("\r") >= len(frames) and text.strip("\r\n").count("\n") == 0
+    assert text.rstrip("\r\n").endswith("reward 5.00  KL 2.00]") and capsys.readouterr().out == ""
 
 
 NOTEBOOK = """
