@@ -35,11 +35,11 @@ mutants: $(READY)       ## plant one mistake at a time and see the tests fail
 	$(PY) tests/mutants.py $(ARGS)
 
 bench: $(READY)         ## speed and memory
-	$(PY) -m rlhf_lessons bench $(ARGS)
+	$(PY) tests/bench $(ARGS)
 
 gpu: $(READY)           ## all that needs a GPU: tests skipped without one, speed, and a run if CORPUS and PREFERENCES are given
 	$(PY) -m pytest tests/test_decoding.py -q
-	$(PY) -m rlhf_lessons bench --gpu $(ARGS)
+	$(PY) tests/bench --gpu $(ARGS)
 ifdef CORPUS
 	$(PY) -m rlhf_lessons run --preset small --corpus $(CORPUS) --preferences $(PREFERENCES) --out runs/small
 	mkdir -p figures/gpu/small

@@ -1,17 +1,20 @@
 """The measurements: that equal work is measured, that the figures are the ones they are called, and the table."""
 
+import ast
 import json
+import subprocess
+import sys
 import time
-from argparse import Namespace
+from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
 
+import bench
 import pytest
 import torch
-
-from rlhf_lessons import bench
-from rlhf_lessons.bench import subjects, tables, worker, workload
-from rlhf_lessons.bench.workload import SHAPES, Shape, Work
+from bench import channel as channels
+from bench import command, subjects, tables, workload
+from bench.workload import SHAPES, Shape, Work
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Shape(layers=2, width=32, heads=2, vocabulary=40, context=32)
@@ -122,8 +125,8 @@ def test_workers_take_turns_and_what_is_missing_says_so(monkeypatch):
         def stop(self):
             turns.append(f"{self.name} stopped")
 
-    monkeypatch.setattr(bench, "Worker", Worker)
-    results = bench.interleave(("ours", "peer", "other"), None, {}, 2)
+    monkeypatch.setattr(command, "Worker", Worker)
+    results = command.interleave(("ours", "peer", "other"), None, {}, 2)
     assert turns == ["ours", "peer", "other"] + ["ours", "other"] * 2 + [
         "ours stopped",
         "peer stopped",
@@ -139,7 +142,7 @@ def test_the_warm_up_does_not_count():
 
 
 def test_a_worker_process_measures_and_ends():
-    process = bench.Worker("gae_ours", None, {})
+    process = command.Worker("gae_ours", None, {})
     first, second = process.run(), process.run()
     process.stop()
     assert process.process.returncode == 0
@@ -150,7 +153,7 @@ def test_a_worker_process_measures_and_ends():
 def test_a_short_subject_is_repeated_as_often_in_every_round(monkeypatch):
     clock, asked, answers = [0.0], [3], []
 
-    class Fake(worker.Channel):
+    class Fake(channels.Channel):
         device, peak_mb = "cpu", lambda self: 1.0
 
         def __init__(self):
@@ -174,7 +177,7 @@ def test_a_short_subject_is_repeated_as_often_in_every_round(monkeypatch):
 
     def run():
         calls.append(1)
-        clock[0] += 0.3 if len(calls) > 4 else worker.SHORTEST_ROUND / 4
+        clock[0] += 0.3 if len(calls) > 4 else channels.SHORTEST_ROUND / 4
         return {"steps": 7}
 
     Fake().serve(run)
@@ -184,7 +187,7 @@ def test_a_short_subject_is_repeated_as_often_in_every_round(monkeypatch):
 
 
 def test_a_failing_worker_is_named():
-    process = bench.Worker("no_such_subject", None, {})
+    process = command.Worker("no_such_subject", None, {})
     with pytest.raises(ValueError, match="the measurement no_such_subject failed"):
         process.run()
     process.stop()
@@ -243,42 +246,74 @@ def test_the_readme_shows_what_was_measured():
 
 
 def test_the_command_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "measure", lambda parts, rounds, gpu: fake_measurements())
-    bench.main(Namespace(out=tmp_path / "new", rounds=3, parts=None, gpu=False))
-    assert json.loads((tmp_path / "new" / "bench.json").read_text())["rounds"] == 3
-    assert (tmp_path / "new" / "bench.md").read_text() in capsys.readouterr().out
+    monkeypatch.setattr(command, "measure", lambda parts, rounds, gpu: fake_measurements())
+    out = tmp_path / "new"
+    assert command.main(["--out", str(out), "--rounds", "3"]) == 0
+    written = json.loads((out / "bench.json").read_text())
+    assert written["rounds"] == 3
+    assert written["machine"]["command"] == f"python tests/bench --out {out} --rounds 3"
+    assert (out / "bench.md").read_text() in capsys.readouterr().out
 
 
 def test_parts_not_measured_anew_are_kept_if_nothing_else_changed(tmp_path):
     earlier, now = fake_measurements(), fake_measurements()
     (tmp_path / "bench.json").write_text(json.dumps(earlier))
     now["machine"] |= {"load": 5.0, "command": "another"}
-    assert set(bench.kept_parts(tmp_path / "bench.json", now)) == set(bench.PARTS)
-    assert bench.kept_parts(tmp_path / "none.json", now) == {}
+    assert set(command.kept_parts(tmp_path / "bench.json", now)) == set(command.PARTS)
+    assert command.kept_parts(tmp_path / "none.json", now) == {}
     now["machine"]["torch"] = "3"
-    assert bench.kept_parts(tmp_path / "bench.json", now) == {}
+    assert command.kept_parts(tmp_path / "bench.json", now) == {}
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("options", "message"),
     [
-        (dict(rounds=2), "--rounds must be at least 3; got 2"),
-        (dict(parts=["gea"]), "--parts must be out of .*; got gea"),
+        ("--rounds 2", "--rounds must be at least 3; got 2"),
+        ("--parts gea", "argument --parts: invalid choice: 'gea'"),
         pytest.param(
-            dict(gpu=True),
+            "--gpu",
             "--gpu needs a CUDA device",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
     ],
 )
-def test_wrong_arguments_are_named(change, message):
-    with pytest.raises(ValueError, match=message):
-        bench.main(Namespace(**(dict(out=None, rounds=3, parts=None, gpu=False) | change)))
+def test_wrong_options_are_named(options, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command.main(options.split())
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and len(error.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(command, "measure")
+    (tmp_path / "file").touch()
+    assert command.main(["--out", str(tmp_path / "file")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_it_is_run_from_the_repository():
+    run = [sys.executable, "tests/bench", "--help"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("usage: python tests/bench "), done.stderr
+
+
+def test_its_modules_do_not_import_each_other_in_a_circle():
+    """And the command imports nothing that is measured: its process must stay small and still."""
+    found = {}
+    for path in Path(bench.__file__).parent.glob("[!_]*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        names = [f"{n.module}.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names]
+        names += [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
+        found[path.stem] = {name.split(".")[1] for name in names if name.startswith("bench.")}
+    order = list(TopologicalSorter(found).static_order())  # raises CycleError
+    assert set(order) == {"workload", "channel", "subjects", "worker", "tables", "command"}
+    assert found["command"] == {"tables", "workload"} and found["tables"] == {"workload"}
 
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
 def test_trl_takes_as_many_optimiser_steps():
-    worker = bench.Worker("ppo_trl", "0.87 M", vars(WORK) | {})
+    worker = command.Worker("ppo_trl", "0.87 M", vars(WORK) | {})
     answers = [worker.run() for _ in range(2)]
     worker.stop()
     assert [answer["optimizer_steps"] for answer in answers] == [WORK.optimizer_steps] * 2

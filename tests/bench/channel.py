@@ -1,7 +1,4 @@
-"""One measured subject in a process of its own: for each line on its input a round, answered with one line.
-
-Run by `rlhf_lessons.bench`, as `python -m rlhf_lessons.bench.worker '{"subject": ..., ...}'`.
-"""
+"""The clock of a measured process, and its pipes to the process that asks: for each line a round, answered with one."""
 
 import itertools
 import json
@@ -11,8 +8,6 @@ import sys
 import time
 
 import torch
-
-from rlhf_lessons.bench.workload import SHAPES, Shape, Work
 
 SHORTEST_ROUND = 1.0  # seconds: what is shorter is repeated, for a single short call is mostly noise
 
@@ -60,21 +55,3 @@ class Channel:
                     break
             calls = done
             self.report(calls, **(measured if isinstance(measured, dict) else {}))
-
-
-def main(request: str) -> None:
-    """Serve the subject that the request names; answer {"missing": ...} where what it needs is not installed."""
-    from rlhf_lessons.bench import subjects
-
-    asked = json.loads(request)
-    work = Work(**asked.get("work", {}))
-    shape: Shape | None = SHAPES.get(asked.get("shape"))
-    channel = Channel(work.device)
-    try:
-        subjects.SUBJECTS[asked["subject"]](channel, shape, work)
-    except ImportError as error:
-        print(json.dumps({"missing": str(error)}), file=channel.answers, flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

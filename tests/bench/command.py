@@ -1,10 +1,6 @@
-"""Speed and memory, against peers where they are installed: `python -m rlhf_lessons bench`.
+"""The command: processes started, rounds taken in turn, what they measured written down."""
 
-Each subject runs in a process of its own, started once; rounds are interleaved (one of each subject, then the next
-round), the first is a warm-up, and what is reported are medians and their ratios. Writes bench.json, with every round,
-and bench.md. Install the peers with `pip install --no-deps trl==1.12.0` (and `datasets`) and `pip install torchrl`.
-"""
-
+import argparse
 import json
 import os
 import platform
@@ -14,9 +10,21 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from rlhf_lessons.bench.tables import markdown
+import accelerate
+import torch
 
+from bench.tables import markdown
+from bench.workload import GPU_WORK, Work
+from rlhf_lessons.report import versions
+
+COMMAND = "python tests/bench"
 PARTS = ("startup", "gae", "sampling", "ppo")
+
+
+def python(*arguments: str, **options) -> subprocess.Popen:
+    """A new interpreter, which finds modules where this one does."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, **options)
 
 
 class Worker:
@@ -24,11 +32,9 @@ class Worker:
 
     def __init__(self, subject: str, shape: str | None, work: dict) -> None:
         request = json.dumps({"subject": subject, "shape": shape, "work": work})
-        command = [sys.executable, "-m", "rlhf_lessons.bench.worker", request]
         self.name = subject
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self.process = python("-m", "bench.worker", request, text=True, **pipes)
 
     def run(self) -> dict:
         """One round's measurements, or {"missing": why}. Raises ValueError when the subject fails."""
@@ -79,15 +85,14 @@ def startup(rounds: int) -> dict[str, list[dict]]:
     for _ in range(rounds + 1):
         for name, command in commands.items():
             started = time.perf_counter()
-            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+            if python(*command, stdout=subprocess.DEVNULL).wait():
+                raise ValueError(f"the measurement {name} failed")
             results[name].append({"seconds": time.perf_counter() - started})
     return results
 
 
 def measure(parts: tuple[str, ...], *, rounds: int, gpu: bool) -> dict:
     """All measurements asked for, as they are written to the JSON file."""
-    from rlhf_lessons.bench.workload import GPU_WORK, Work
-
     work = asdict(GPU_WORK if gpu else Work())
     measured: dict = {"machine": machine(gpu), "work": work, "rounds": rounds}
     measured["matmul"] = interleave(("matmul",), None, work, 2)
@@ -129,13 +134,7 @@ def kept_parts(path: Path, measured: dict) -> dict:
 
 def machine(gpu: bool) -> dict:
     """What the numbers depend on."""
-    import accelerate
-    import torch
-
-    from rlhf_lessons.report import versions
-
     found = {
-        "command": " ".join(["python", "-m", "rlhf_lessons", *sys.argv[1:]]),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         **versions(),
@@ -159,27 +158,45 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main(arguments) -> None:
-    """Measure, write bench.json and bench.md into `arguments.out`, print the table. Parts not asked for are kept.
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
 
-    arguments: out (folder or None), rounds (at least 3), parts (names out of PARTS, or None for all), gpu. Raises
-    ValueError for fewer rounds, another part, or a GPU that is not there.
-    """
-    if arguments.rounds < 3:
-        raise ValueError(f"--rounds must be at least 3; got {arguments.rounds}")
-    parts = tuple(arguments.parts or PARTS)
-    if unknown := set(parts) - set(PARTS):
-        raise ValueError(f"--parts must be out of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
-    if arguments.gpu:
-        import torch
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}\n")
 
-        if not torch.cuda.is_available():
-            raise ValueError("--gpu needs a CUDA device; this machine has none")
-    out = Path(arguments.out or (Path("figures") / "gpu" if arguments.gpu else "figures"))
-    measured = measure(parts, rounds=arguments.rounds, gpu=arguments.gpu)
-    measured = kept_parts(out / "bench.json", measured) | measured
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    (out / "bench.md").write_text(table := markdown(measured), encoding="utf-8")
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options, each in its range; ends with code 2 and a line on what is wrong otherwise."""
+    parser = Parser(prog=COMMAND, description="Speed and memory, beside peers where installed.")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for bench.json and bench.md (default: figures)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
+        help=f"measured anew, out of {', '.join(PARTS)} (default: all); the others are kept",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="after a warm-up, at least 3 (default: 5)")
+    parser.add_argument("--gpu", action="store_true", help="the GPU's measurements, into figures/gpu")
+    options = parser.parse_args(argv)
+    if options.rounds < 3:
+        parser.error(f"--rounds must be at least 3; got {options.rounds}")
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu needs a CUDA device; this machine has none")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write bench.json and bench.md, print the table. Returns 0, or 2 after saying what failed."""
+    options = parse(argv)
+    out = options.out or Path("figures", "gpu" if options.gpu else "")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        measured = measure(options.parts, rounds=options.rounds, gpu=options.gpu)
+        measured["machine"]["command"] = " ".join([COMMAND, *(sys.argv[1:] if argv is None else argv)])
+        measured = kept_parts(out / "bench.json", measured) | measured
+        (out / "bench.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        (out / "bench.md").write_text(table := markdown(measured), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(table)
     say(f"written to {out / 'bench.json'} and {out / 'bench.md'}")
+    return 0

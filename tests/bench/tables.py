@@ -2,7 +2,7 @@
 
 import statistics
 
-from rlhf_lessons.bench.workload import Work
+from bench.workload import Work
 
 PHASES = ("sampling", "scoring", "update")
 

@@ -1,12 +1,14 @@
 """The subjects: this package's code and its peers', each a function (channel, shape, work) that serves rounds."""
 
+import os
+import tempfile
 from collections.abc import Callable
 
 import torch
 
-from rlhf_lessons.bench import workload
-from rlhf_lessons.bench.worker import Channel
-from rlhf_lessons.bench.workload import PAD, Shape, Work
+from bench import workload
+from bench.channel import Channel
+from bench.workload import PAD, Shape, Work
 
 NEVER = -1  # as the EOS id: no token has it, so no response ends early
 LEARNING_RATE = 1e-5
@@ -208,9 +210,6 @@ def ppo_flops_separate(channel: Channel, shape: Shape, work: Work) -> None:
 
 
 def ppo_trl(channel: Channel, shape: Shape, work: Work) -> None:
-    import os
-    import tempfile
-
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     from datasets import Dataset
     from transformers import TrainerCallback
