@@ -26,10 +26,10 @@ notebooks: $(READY)     ## execute the notebooks anew and store their outputs
 	$(PY) tests/notebooks.py execute $(ARGS)
 
 figures: $(READY)       ## the recorded runs and the README's pictures
-	$(PY) -m rlhf_lessons figures $(ARGS)
+	$(PY) figures/record.py figures $(ARGS)
 
 assets: $(READY)        ## rebuild the shipped models and compare them with the shipped ones
-	$(PY) -m rlhf_lessons assets $(ARGS)
+	$(PY) figures/record.py assets $(ARGS)
 
 mutants: $(READY)       ## plant one mistake at a time and see the tests fail
 	$(PY) tests/mutants.py $(ARGS)

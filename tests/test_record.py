@@ -1,11 +1,11 @@
 """What is shipped and committed: the tiny world's models, the recorded runs, and the README's table of them."""
 
 import json
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
-from rlhf_lessons import record
 from rlhf_lessons.models import ASSETS
 from rlhf_lessons.report import read_metrics, summary_table
 from rlhf_lessons.trainer import PPOConfig
@@ -13,6 +13,16 @@ from rlhf_lessons.trainer import PPOConfig
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "figures" / "runs"
 BETA = PPOConfig().kl_coef
+
+
+def load(path):
+    """A script as a module; it stands beside what it makes, in no package."""
+    spec = spec_from_file_location(path.stem, path)
+    spec.loader.exec_module(module := module_from_spec(spec))
+    return module
+
+
+record = load(ROOT / "figures" / "record.py")
 
 
 def summary(kl_coef, seed):
@@ -69,6 +79,40 @@ def test_finished_runs_are_left_as_they_are(tmp_path):
     assert (tmp_path / "kl0.5-seed9" / "summary.json").read_text() == "kept"
 
 
+def test_what_is_asked_for_is_made_where_it_is_asked_for(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(record, "figures", lambda folder: made.append(("figures", folder)))
+    monkeypatch.setattr(record, "rebuild_assets", lambda folder: made.append(("assets", folder)))
+    assert [record.main([what]) for what in ("figures", "assets")] == [0, 0]
+    assert record.main(["assets", "--out", str(tmp_path)]) == 0
+    assert made == [("figures", ROOT / "figures"), ("assets", Path("runs/assets")), ("assets", tmp_path)]
+
+
+def test_rebuilt_models_that_differ_are_an_error(monkeypatch, tmp_path, capsys):
+    measured = iter([dict(perplexity=5.0, accuracy=0.7, gold=1.7), dict(perplexity=5.0, accuracy=0.75, gold=1.7)])
+    monkeypatch.setattr(record, "build_assets", lambda folder: None)
+    monkeypatch.setattr(record, "measure_assets", lambda folder: next(measured))
+    assert record.main(["assets", "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "| accuracy | 0.700 | 0.750 | 0.04 |" in printed.out.splitlines()
+    assert printed.err == f"error: the models rebuilt in {tmp_path} do not behave as the shipped ones\n"
+
+
+@pytest.mark.parametrize("arguments", [["pictures"], [], ["figures", "--in", "here"]])
+def test_what_is_not_understood_is_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        record.main(arguments)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_trained(monkeypatch, tmp_path, capsys):
+    monkeypatch.delattr(record.stages, "pretrain")
+    (tmp_path / "file").touch()
+    assert record.main(["assets", "--out", str(tmp_path / "file" / "below")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_rebuilt_models_behave_as_the_shipped_ones(tmp_path):
-    assert record.rebuild_assets(tmp_path)
+    record.rebuild_assets(tmp_path)  # raises where they differ

@@ -1,7 +1,13 @@
-"""What is committed and shipped, made anew: the tiny world's models, the recorded runs, the README's pictures."""
+"""What is committed and shipped, made anew: the tiny world's models, the recorded runs, the README's pictures.
 
+`python figures/record.py figures` records the runs that are missing, draws the pictures and prints the README's table;
+`python figures/record.py assets` rebuilds the shipped models and compares them with the shipped ones.
+"""
+
+import argparse
 import math
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +35,7 @@ SEEDS = (0, 1, 2)
 def build_assets(folder: Path) -> None:
     """Train the base model, the reward model and the aligned policy from fixed seeds, with the default settings."""
     sources, config = Sources(), PPOConfig()
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before anything is trained
     with tempfile.TemporaryDirectory() as scratch:
         made = RunFolder(Path(scratch) / "assets")
         base = stages.pretrain(sources, BASE_MODEL, config, made)
@@ -62,14 +69,15 @@ def measure_assets(folder: Path) -> dict[str, float]:
         }
 
 
-def rebuild_assets(folder: Path) -> bool:
-    """Build the assets in a folder and print them beside the shipped ones. Returns whether they behave alike."""
+def rebuild_assets(folder: Path) -> None:
+    """Build the assets in a folder and print them beside the shipped ones. Raises ValueError where they differ."""
     build_assets(folder)
     shipped, rebuilt = measure_assets(ASSETS), measure_assets(folder)
     print("| | shipped | rebuilt | tolerance |\n| --- | ---: | ---: | ---: |")
     for name, tolerance in TOLERANCES.items():
         print(f"| {name} | {shipped[name]:.3f} | {rebuilt[name]:.3f} | {tolerance} |")
-    return all(abs(shipped[name] - rebuilt[name]) <= tolerance for name, tolerance in TOLERANCES.items())
+    if any(abs(shipped[name] - rebuilt[name]) > tolerance for name, tolerance in TOLERANCES.items()):
+        raise ValueError(f"the models rebuilt in {folder} do not behave as the shipped ones")
 
 
 def run_name(kl_coef: float, seed: int) -> str:
@@ -113,3 +121,31 @@ def figures(folder: Path) -> None:
     record_runs(runs)
     draw_figures(folder, runs)
     print(summary_table([runs / run_name(b, seed) for b in (PPOConfig().kl_coef, 0.0) for seed in SEEDS]))
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make what is asked for. Returns 0, or 2 after one line on what was wrong."""
+    parser = Parser(prog="python figures/record.py", description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("figures", "assets"))
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: figures, or runs/assets for the models")
+    options = parser.parse_args(argv)
+    try:
+        if options.what == "figures":
+            figures(options.out or Path(__file__).parent)
+        else:
+            rebuild_assets(options.out or Path("runs", "assets"))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
