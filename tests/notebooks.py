@@ -361,14 +361,6 @@ def code(path: Path) -> str:
     return "\n\n".join(cell.source for cell in read(path).cells if cell.is_code)
 
 
-def called(path: Path) -> set[str]:
-    """The names that the code calls: "gae" for both `gae(...)` and `advantages.gae(...)`."""
-    nodes = ast.walk(ast.parse(code(path)))
-    functions = [node.func for node in nodes if isinstance(node, ast.Call)]
-    names = {f.attr for f in functions if isinstance(f, ast.Attribute)}
-    return names | {f.id for f in functions if isinstance(f, ast.Name)}
-
-
 # ---- command line --------------------------------------------------------------------
 
 

@@ -2,13 +2,10 @@
 
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from equations import ROOT, Equation, equation_map, labelled_functions, map_table, marked_tests
 
-from rlhf_lessons.equations import Equation, equation_map, equation_table, labelled_functions, marked_tests
-
-ROOT = Path(__file__).resolve().parent.parent
 EQUATIONS = equation_map()
 LESSONS = {int(path.name[:2]) for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")}
 
@@ -49,5 +46,5 @@ def test_every_mark_names_an_equation_that_exists():
 
 
 def test_the_table_has_a_row_for_each():
-    table = equation_table(EQUATIONS)
+    table = map_table(EQUATIONS)
     assert all(f"| {eq.label} | `{eq.function}` |" in table for eq in EQUATIONS)

@@ -339,12 +339,11 @@ def test_an_unknown_name_is_an_error(capsys):
     assert "got 'no_such_lesson'" in capsys.readouterr().err
 
 
-def test_labels_code_and_calls(tmp_path):
+def test_labels_and_code(tmp_path):
     path = save(lesson(), tmp_path / "05_gae.ipynb")
     assert notebooks.labels(path) == {"5.3", "5.4"}
     assert notebooks.code(path).splitlines()[0] == "import math"
     assert "advantages.gae(math.pi)\n\nplot(gae=gae(1))" in notebooks.code(path)
-    assert notebooks.called(path) == {"gae", "plot"}
 
 
 # ---- execution -----------------------------------------------------------------------

@@ -1,17 +1,18 @@
 """The map from each numbered equation to the function that computes it, the tests that check it and its lesson.
 
 Everything is read from the sources: the label "(Eq. 5.4)" in a docstring, `@pytest.mark.equation("5.4")` on a test,
-the label and a call in notebook 05.
+the label and a call in notebook 05. `python tests/equations.py` prints it.
 """
 
 import ast
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
-LABEL = re.compile(r"\(Eq\. (\d+\.\d+)\)")
+import notebooks
+from rlhf_lessons.display import LABEL
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Equation:
 def labelled_functions() -> list[tuple[str, str]]:
     """(label, module.function) of every label in a docstring of a function, method or class of the package."""
     found = []
-    for file in sorted(PACKAGE.glob("*.py")):
+    for file in sorted((ROOT / "rlhf_lessons").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 found += [(label, f"{file.stem}.{node.name}") for label in LABEL.findall(ast.get_docstring(node) or "")]
@@ -54,30 +55,26 @@ def marked_tests(folder: Path) -> dict[str, list[str]]:
 def lesson_of(label: str, name: str, folder: Path) -> str | None:
     """The lesson with the label's number, if its text shows the label and its code names the function."""
     for file in sorted(folder.glob(f"{int(label.split('.')[0]):02d}_*.ipynb")):
-        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-        text, code = (
-            "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == k) for k in ("markdown", "code")
-        )
-        if label in LABEL.findall(text) and re.search(rf"\b{name}\b", code):
+        if label in notebooks.labels(file) and re.search(rf"\b{name}\b", notebooks.code(file)):
             return file.stem
     return None
 
 
-def equation_map(root: Path = PACKAGE.parent) -> list[Equation]:
-    """All equations of the package, with the tests and lessons found beside it in a checkout."""
-    tests = marked_tests(root / "tests")
+def equation_map() -> list[Equation]:
+    """All equations of the package, with their tests and lessons."""
+    tests = marked_tests(ROOT / "tests")
     return [
         Equation(
             label,
             function,
             tuple(tests.get(label, ())),
-            lesson_of(label, function.rpartition(".")[2], root / "notebooks"),
+            lesson_of(label, function.rpartition(".")[2], ROOT / "notebooks"),
         )
         for label, function in labelled_functions()
     ]
 
 
-def equation_table(equations: list[Equation]) -> str:
+def map_table(equations: list[Equation]) -> str:
     """The map as a Markdown table."""
     lines = ["| equation | function | tests | lesson |", "| --- | --- | --- | --- |"]
     for eq in equations:
@@ -85,3 +82,7 @@ def equation_table(equations: list[Equation]) -> str:
         more = f" and {len(eq.tests) - 1} more" if len(eq.tests) > 1 else ""
         lines.append(f"| {eq.label} | `{eq.function}` | `{first}`{more} | {eq.lesson or '–'} |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(map_table(equation_map()))
