@@ -3,7 +3,11 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: ppo test proof notebooks lab figures assets lint mutants bench gpu clean
+.PHONY: help ppo test proof notebooks lab figures assets mutants bench gpu lint clean
+
+# First, so that `make` alone makes nothing.
+help:                   ## this list
+	@awk -F ':.*## ' 'NR == 1 { print substr($$0, 3) } /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 ppo: $(READY)           ## align the tiny language model and write its report
 	$(PY) -m rlhf_lessons run $(ARGS)
@@ -46,11 +50,11 @@ ifdef CORPUS
 	cd runs/small && cp config.json metrics.jsonl samples.md summary.json ../../figures/gpu/small
 endif
 
-lint: $(READY)
+lint: $(READY)          ## what ruff finds wrong in code and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-clean:
+clean:                  ## remove .venv and what a build leaves
 	rm -rf .venv build *.egg-info
 
 $(READY): requirements.txt pyproject.toml

@@ -1,0 +1,33 @@
+"""The Makefile: `make` alone lists what there is to make, and each target sets up what it needs."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAKEFILE = ROOT / "Makefile"
+TARGETS = re.search(r"^\.PHONY: (.*)$", MAKEFILE.read_text(encoding="utf-8"), re.M)[1].split()
+
+
+def make(*arguments):
+    """What it prints, as when it is not started by another make."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    done = subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_alone_lists_every_target_with_a_word_on_it():
+    listed = re.findall(r"^  make (\w+) +(\S.*)$", printed := make(), re.M)
+    assert sorted(name for name, _ in listed) == sorted(TARGETS)
+    assert make("help") == printed
+
+
+@pytest.mark.parametrize("target", sorted(set(TARGETS) - {"help", "clean"}))
+def test_a_target_sets_up_its_environment(target):
+    assert re.search(rf"^{target}: \$\(READY\)", MAKEFILE.read_text(encoding="utf-8"), re.M)
