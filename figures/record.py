@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from rlhf_lessons.report import RunFolder, read_metrics, summary_table
+from rlhf_lessons.sources import Sources
 
 from rlhf_lessons import plots, stages, tiny_reviews
 from rlhf_lessons.data import encode_prompt, pad
 from rlhf_lessons.fitting import language_model_loss, preference_accuracy
 from rlhf_lessons.models import ASSETS, load_causal_lm, load_reward_model, load_tokenizer
-from rlhf_lessons.report import RunFolder, read_metrics, summary_table
-from rlhf_lessons.sources import Sources
 from rlhf_lessons.trainer import PPOConfig
 
 BASE_MODEL = stages.StageConfig(

@@ -1,4 +1,4 @@
-"""The settings of every trainer and fit, in the field's usual names: a sentence a field, its type and range checked when made.
+"""The settings of every trainer and fit, in the field's usual names: a sentence a field, checked when made.
 
 A setting out of range raises ValueError: "x must be …; got …".
 """

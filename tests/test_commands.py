@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from rlhf_lessons import __main__ as commands
 from rlhf_lessons.parser import EXAMPLES
 from rlhf_lessons.report import read_metrics
+
+from rlhf_lessons import __main__ as commands
 from rlhf_lessons.trainer import PPOConfig
 
 BETA = PPOConfig().kl_coef

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from rlhf_lessons.decoding import StaticDecoder, StaticSampler
 from sampling import EOS, IDS, PAD, generator, repeated, teacher_forced
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_lessons import decoding, models
-from rlhf_lessons.decoding import StaticDecoder, StaticSampler
 from rlhf_lessons.models import FastGELU, takes_ready_masks, with_fast_gelu
 from rlhf_lessons.rollout import sample_responses
 

@@ -5,9 +5,9 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from rlhf_lessons.report import read_metrics, summary_table
 
 from rlhf_lessons.models import ASSETS
-from rlhf_lessons.report import read_metrics, summary_table
 from rlhf_lessons.trainer import PPOConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,6 @@ import termios
 import time
 
 import pytest
-
 from rlhf_lessons.report import (
     RunFolder,
     draw_run,

@@ -4,10 +4,6 @@ import json
 
 import pytest
 import torch
-
-from rlhf_lessons import sources as sources_module
-from rlhf_lessons import stages as stages_module
-from rlhf_lessons.models import load_causal_lm
 from rlhf_lessons.report import RunFolder
 from rlhf_lessons.sources import (
     Sources,
@@ -27,6 +23,10 @@ from rlhf_lessons.stages import (
     pretrain,
     respond,
 )
+
+from rlhf_lessons import sources as sources_module
+from rlhf_lessons import stages as stages_module
+from rlhf_lessons.models import load_causal_lm
 from rlhf_lessons.trainer import PPOConfig
 
 CPU = PPOConfig(device="cpu", max_new_tokens=4)

@@ -1,4 +1,4 @@
-"""What the learner brings to a run: files, models, a score of one's own. Each is read once, before anything long begins.
+"""What the learner brings to a run: files, models, a score of one's own; each read once, before anything long begins.
 
 The tiny world serves wherever nothing of one's own is given. What is read is carried, and each line of a file with it
 the place where it stood, so that a text that does not fit can be named later.
@@ -91,8 +91,11 @@ def resolve(arguments: argparse.Namespace) -> Inputs:
     check_device(getattr(arguments, "device", None) or "auto")
     found = {name: path and read(path) for (name, read) in FILES.items() for path in (given[name],)}
     score = given["score"] and import_score(given["score"])
-    lent = {"model": command != "pretrain" and given["corpus"] is None and "base", "policy": command == "sample" and "aligned",
-            "reward_model": command in ("ppo", "sample") and score is None and "reward_model"}  # fmt: skip
+    lent = {
+        "model": command != "pretrain" and given["corpus"] is None and "base",
+        "policy": command == "sample" and "aligned",
+        "reward_model": command in ("ppo", "sample") and score is None and "reward_model",
+    }
     loaders = {"model": load_causal_lm, "policy": load_causal_lm, "reward_model": load_reward_model}
     if command in ("run", "ppo"):  # a policy that was trained before brings its value head
         loaders["model"] = functools.partial(CausalLMWithValueHead.from_pretrained, critic=arguments.critic)

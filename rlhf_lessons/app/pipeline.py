@@ -1,7 +1,7 @@
 """The stages of RLHF as commands run them: language model → preferences → reward model → PPO → report.
 
-A stage takes what is in memory and leaves a folder in the usual Hugging Face layout, so that any of them can be replaced
-by one's own.
+A stage takes what is in memory and leaves a folder in the usual Hugging Face layout, so that any of them can be
+replaced by one's own.
 """
 
 import argparse

@@ -47,7 +47,8 @@ class StaticDecoder:
     """Samples responses of one shape: B rows, P prompt positions, T steps, all buffers allocated once."""
 
     def __init__(
-        self, lm: nn.Module, batch: int, prompt_length: int, *, max_new_tokens: int, eos_id: int | list[int], pad_id: int,
+        self, lm: nn.Module, batch: int, prompt_length: int, *, max_new_tokens: int, eos_id: int | list[int],
+        pad_id: int,
         temperature: float = 1.0, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         from transformers import StaticCache

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import accelerate
 import torch
+from rlhf_lessons.report import versions
 
 from bench.tables import markdown
 from bench.workload import GPU_WORK, Work
-from rlhf_lessons.report import versions
 
 COMMAND = "python tests/bench"
 PARTS = ("startup", "gae", "sampling", "ppo")

@@ -65,6 +65,7 @@ def autocast(work: Work):
 def our_sampler(shape: Shape, work: Work):
     """The sampler that the trainer would take, and a call of it."""
     from rlhf_lessons.decoding import StaticSampler
+
     from rlhf_lessons.models import with_fast_gelu
     from rlhf_lessons.rollout import sample_responses
 
