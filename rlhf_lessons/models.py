@@ -94,6 +94,20 @@ def causal_lm_logits(lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, *
     ).logits
 
 
+class ValueHead(nn.Linear):
+    """One linear output on a hidden state, in float32 at least, that starts at 0: (..., H) -> (...)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, 1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Values (...) of hidden states (..., H)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(full_precision(hidden)).squeeze(-1)
+
+
 class CausalLMWithValueHead(nn.Module):
     """A causal language model and, on its last hidden state, one linear output: the critic.
 
@@ -113,10 +127,8 @@ class CausalLMWithValueHead(nn.Module):
             raise ValueError(f"lm must have a language-model head; {type(lm).__name__} has none")
         self.lm = lm
         self.critic = copy.deepcopy(lm.base_model) if critic == "separate" else None
-        self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1)
+        self.value_head = ValueHead(lm.config.get_text_config().hidden_size)
         self.value_head.to(dtype=next(lm.parameters()).dtype)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
 
     @property
     def config(self):
@@ -131,19 +143,15 @@ class CausalLMWithValueHead(nn.Module):
         inputs = self._inputs(input_ids, attention_mask)
         output = self.lm(**inputs, logits_to_keep=logits_to_keep, output_hidden_states=self.critic is None)
         hidden = output.hidden_states[-1] if self.critic is None else self.critic(**inputs).last_hidden_state
-        return LogitsAndValues(output.logits, self._value(hidden[:, -logits_to_keep:]))
+        return LogitsAndValues(output.logits, self.value_head(hidden[:, -logits_to_keep:]))
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, *, keep: int = 0) -> Tensor:
         """The values alone, (B, K) of the last K = keep positions, or of all (0): no logits are computed for them."""
         trunk = self.lm.base_model if self.critic is None else self.critic
-        return self._value(trunk(**self._inputs(input_ids, attention_mask)).last_hidden_state[:, -keep:])
+        return self.value_head(trunk(**self._inputs(input_ids, attention_mask)).last_hidden_state[:, -keep:])
 
     def _inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict:
         return dict(input_ids=input_ids, use_cache=False) | mask_arguments(self.lm, attention_mask)
-
-    def _value(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.value_head(full_precision(hidden)).squeeze(-1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the policy as a plain Hugging Face checkpoint, the value head and a separate critic beside it."""
