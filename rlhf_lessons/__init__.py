@@ -4,10 +4,11 @@ An import may only go down this list. Importing the package, or any estimator, l
 
     estimators   masking, policy_gradient, baselines, advantages, importance, ppo, preferences, kl
     oracle       exact, gridworld
-    parts        models, tiny_reviews, data
-    flow         fitting, rollout, decoding, trainer
-    surface      __main__ (python -m rlhf_lessons), parser, sources, stages, report, record, equations, bench
+    parts        config, device, models, tiny_reviews, data
+    flow         generation, scoring, rollout, fitting, trainer, group_trainers
+    engines      engines: samplers by another engine, imported when asked for
     side         checks, display, plots: for the notebooks
+    surface      __main__ (python -m rlhf_lessons), app
 """
 
 __version__ = "0.1.0"

@@ -105,7 +105,8 @@ class ValueHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         """Values (...) of hidden states (..., H)."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return super().forward(full_precision(hidden)).squeeze(-1)
+            weight, bias = full_precision(self.weight), full_precision(self.bias)
+            return nn.functional.linear(full_precision(hidden), weight, bias).squeeze(-1)
 
 
 class CausalLMWithValueHead(nn.Module):
