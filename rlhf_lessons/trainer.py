@@ -56,6 +56,11 @@ class Updates:
     reports: list[Report]
     stopped: bool  # whether the last minibatch passed the target KL, and so made no step
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that were made."""
+        return len(self.reports) - self.stopped
+
 
 class Trainer:
     """On-policy optimisation of a language model against a score, on a leash to a reference.
@@ -278,9 +283,9 @@ class Trainer:
             "ended": batch.ended.float().mean(),
             "first_ratio_error": updates.reports[0]["ratio_error"],
         }
-        for name in updates.reports[0]:
-            if name != "ratio_error":
-                measured[name] = torch.stack([report[name] for report in updates.reports]).mean()
+        for name in (name for name in updates.reports[0] if name != "ratio_error"):
+            of = updates.reports[: updates.steps or 1] if name == "grad_norm" else updates.reports
+            measured[name] = torch.stack([report[name] for report in of]).mean()
         values = self.accelerator.reduce(torch.stack([v.detach().float() for v in measured.values()]), "mean").tolist()
         metrics = dict(zip(measured, values, strict=True))
         for name in ("loss", "grad_norm"):
@@ -292,7 +297,7 @@ class Trainer:
         return metrics | {
             "kl_coef": self.kl_controller.coef,
             "learning_rate": self.learning_rate,
-            "optimizer_steps": len(updates.reports) - updates.stopped,
+            "optimizer_steps": updates.steps,
         }
 
     def texts(self, batch: Rollout) -> tuple[list[str], list[str]]:

@@ -182,6 +182,9 @@ def random_batch(lengths, *, prompt_length: int = 3, seed: int = 0):
         advantages=noise(),
         returns=noise(),
         scores=torch.randn(rows, generator=generator),
+        sampler_log_probs=noise(0.3, -2.0),
+        group=torch.arange(rows),
+        records=tuple({"prompt": str(row)} for row in range(rows)),
         ended=torch.ones(rows, dtype=torch.bool),
         prompt_length=prompt_length,
     )

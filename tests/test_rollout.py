@@ -9,14 +9,9 @@ import torch
 from sampling import BOS, EOS, IDS, PAD, generator, repeated, teacher_forced
 
 from rlhf_lessons.data import encode_prompt, encode_response, pad
-from rlhf_lessons.rollout import (
-    collect_rollout,
-    missing_eos_scores,
-    policy_outputs,
-    reference_logits,
-    sample_responses,
-    sample_tokens,
-)
+from rlhf_lessons.generation import sample_tokens
+from rlhf_lessons.rollout import collect_rollout, policy_outputs, reference_logits, sample_responses
+from rlhf_lessons.scoring import missing_eos_scores
 from rlhf_lessons.trainer import PPOConfig
 
 

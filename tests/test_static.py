@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from rlhf_lessons.decoding import StaticDecoder, StaticSampler
+from rlhf_lessons.engines.static import StaticDecoder, StaticSampler
 from sampling import EOS, IDS, PAD, generator, repeated, teacher_forced
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_lessons import decoding, models
+from rlhf_lessons import models
+from rlhf_lessons.engines import static
 from rlhf_lessons.models import FastGELU, takes_ready_masks, with_fast_gelu
 from rlhf_lessons.rollout import sample_responses
 
@@ -75,7 +76,7 @@ def test_shapes_share_a_decoder_and_prompts_are_padded_to_few_widths(make_lm, qu
     for width in (4, 3, 4):
         sample(lm, tokens[:, -width:], mask[:, -width:], max_new_tokens=3, generator=draw, **IDS)
     assert len(sample.decoders) == 1
-    assert next(iter(sample.decoders.values())).prompt_length == decoding.PROMPT_MULTIPLE
+    assert next(iter(sample.decoders.values())).prompt_length == static.PROMPT_MULTIPLE
 
 
 class Looks(TorchDispatchMode):
