@@ -426,6 +426,13 @@ NBVAL = {
         ("print(1 + 1)", ["nbval-check-output"], [stream("2\n")]),
         ("import time\ntime.sleep(2)\nprint('ignored')", [], [stream("as it was\n")]),
     ),
+    "offline": executed(
+        (
+            "import os\nprint(os.environ['HF_HUB_OFFLINE'], os.environ['TRANSFORMERS_OFFLINE'])",
+            ["nbval-check-output"],
+            [stream("1 1\n")],
+        ),
+    ),
     "failing": executed(
         ("x = 1", [], []),
         ("raise ValueError('second cell')", [], []),
@@ -440,16 +447,26 @@ NBVAL = {
 }
 
 
+BESIDE = """
+import os
+def test_beside():
+    assert not {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} & set(os.environ)
+"""
+
+
 @pytest.fixture(scope="module")
 def nbval(tmp_path_factory):
-    """Run NBVAL under pytest with the lessons' conftest: the folder that holds report.xml."""
+    """Run NBVAL under pytest with the lessons' conftest, then a test beside it: the folder that holds report.xml."""
     folder = tmp_path_factory.mktemp("nbval")
-    shutil.copy(CONFTEST, folder)
+    (folder / "lessons").mkdir()
+    shutil.copy(CONFTEST, folder / "lessons")
     for name, nb in NBVAL.items():
-        save(nb, folder / f"{name}.ipynb")
+        save(nb, folder / "lessons" / f"{name}.ipynb")
+    (folder / "test_beside.py").write_text(BESIDE)
     options = "--nbval-lax --nbval-current-env --nbval-cell-timeout 10 -p no:cacheprovider"
-    command = [sys.executable, "-m", "pytest", *options.split(), "--junitxml=report.xml", "."]
-    subprocess.run(command, cwd=folder, capture_output=True, timeout=180, check=False)
+    command = [sys.executable, "-m", "pytest", *options.split(), "--junitxml=report.xml", "lessons", "test_beside.py"]
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=180, check=False)
     return folder
 
 
@@ -471,9 +488,13 @@ def test_nbval_passes_a_right_notebook(nbval):
     assert outcomes(nbval, "right") == ["passed", "passed"]
 
 
+def test_nbval_runs_a_notebook_offline_and_leaves_other_tests_alone(nbval):
+    assert outcomes(nbval, "offline") == outcomes(nbval, "test_beside") == ["passed"]
+
+
 def test_nbval_stops_at_the_first_failing_cell(nbval):
     assert outcomes(nbval, "failing") == ["passed", "failure", "skipped"]
-    assert not (nbval / "third_cell_ran").exists()
+    assert not (nbval / "lessons" / "third_cell_ran").exists()
 
 
 def test_nbval_fails_an_edited_output(nbval):
