@@ -45,8 +45,9 @@ def read_corpus(path: str | Path) -> list[str]:
 
 
 def read_preferences(path: str | Path) -> list[Record]:
-    """JSON lines with the string fields `prompt` (may be empty), `chosen` and `rejected`."""
-    return [json_record(path, number, line, PREFERENCE_FIELDS) for number, line in read_lines(path)]
+    """JSON lines with the string fields `prompt` (may be empty), `chosen` and `rejected`; other fields are ignored."""
+    records = [json_record(path, number, line, PREFERENCE_FIELDS) for number, line in read_lines(path)]
+    return [Record({field: record[field] for field in PREFERENCE_FIELDS}, record.place) for record in records]
 
 
 def read_prompts(path: str | Path) -> list[Record]:
@@ -67,7 +68,7 @@ def json_record(path: str | Path, number: int, line: str, fields: tuple[str, ...
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         raise ValueError(f"{path}, line {number}: not valid JSON: {reason}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{path}, line {number}: expected a JSON object; got {type(record).__name__}")
+        raise ValueError(f"{path}, line {number}: the line must be a JSON object; got {type(record).__name__}")
     for field in fields:
         if field not in record:
             raise ValueError(f'{path}, line {number}: the field "{field}" is missing; found {sorted(record)}')

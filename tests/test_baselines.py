@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_lessons.baselines import leave_one_out_baseline, optimal_baseline
+from rlhf_lessons.baselines import group_advantages, leave_one_out_baseline, optimal_baseline
 
 F64 = torch.float64
 
@@ -85,3 +85,39 @@ def test_optimal_baseline_rejects_bad_input():
         optimal_baseline(torch.ones(2, 3), torch.ones(2, 3))
     with pytest.raises(ValueError, match="score_norms_sq must have a positive entry; got only 0"):
         optimal_baseline(torch.zeros(3), torch.ones(3))
+
+
+# --- Groups ---------------------------------------------------------------------------------------
+
+
+def test_group_advantages_by_hand():
+    """Groups {1, 3, 5} and {0, 4}, mixed up: means 3 and 2, biased variances 8/3 and 4, of all centred rewards 16/5."""
+    rewards, group = torch.tensor([1.0, 0.0, 3.0, 4.0, 5.0], dtype=F64), torch.tensor([7, 2, 7, 2, 7])
+    centred = torch.tensor([-2.0, -2.0, 0.0, 2.0, 2.0], dtype=F64)
+    deviation = torch.tensor([8 / 3, 4, 8 / 3, 4, 8 / 3], dtype=F64).sqrt()
+    for scale, expected in (("none", centred), ("group", centred / deviation), ("batch", centred / (16 / 5) ** 0.5)):
+        torch.testing.assert_close(group_advantages(rewards, group, scale=scale), expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1000.1, -12345.678, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64])
+def test_equal_rewards_give_no_advantage(scale, value, dtype):
+    if dtype == torch.float16 and abs(value) > 65504:
+        value = 60000.0
+    found = group_advantages(torch.full((24,), value, dtype=dtype), torch.arange(24) // 8, scale=scale)
+    assert found.dtype == (F64 if dtype == F64 else torch.float32)
+    assert found.abs().max() <= (0.1 if scale != "none" else 1e-6 * abs(value))
+
+
+def test_rewards_that_differ_little_but_truly_are_scaled():
+    rewards = torch.tensor([1000.0, 1000.1, 1000.0, 1000.1])
+    found = group_advantages(rewards, torch.zeros(4, dtype=torch.long), scale="group")
+    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, -1.0, 1.0]), atol=2e-3, rtol=0)
+
+
+def test_group_advantages_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="scale must be one of none, group, batch; got 'std'"):
+        group_advantages(torch.zeros(4), torch.zeros(4, dtype=torch.long), scale="std")
+    with pytest.raises(ValueError, match=r"group must have the shape of rewards, \(4,\); got \(3,\)"):
+        group_advantages(torch.zeros(4), torch.zeros(3, dtype=torch.long), scale="none")

@@ -53,12 +53,13 @@ def test_lines_are_split_at_newlines_alone(tmp_path):
 @pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.json"])
 def test_prompts_are_json_lines_by_the_file_s_name(name, tmp_path):
     path = write(tmp_path, {"prompt": "the film"}, {"prompt": "", "other": 1}, name=name)
-    assert read_prompts(path) == ["the film", ""]
+    assert read_prompts(path) == [{"prompt": "the film"}, {"prompt": "", "other": 1}]
+    assert [record.place for record in read_prompts(path)] == [f"{path}, line 1", f"{path}, line 2"]
 
 
 def test_prompts_are_plain_lines_otherwise(tmp_path):
     path = write(tmp_path, "the film", '{"prompt": "x"}', name="prompts.txt")
-    assert read_prompts(path) == ["the film", '{"prompt": "x"}']
+    assert read_prompts(path) == [{"prompt": "the film"}, {"prompt": '{"prompt": "x"}'}]
 
 
 @pytest.mark.parametrize(
@@ -66,8 +67,8 @@ def test_prompts_are_plain_lines_otherwise(tmp_path):
     [
         ('{"prompt": "a", ', r"data.jsonl, line 3: not valid JSON: .* at column \d+"),
         ("the film was good", "data.jsonl, line 3: not valid JSON"),
-        ("[1, 2]", "data.jsonl, line 3: expected a JSON object; got list"),
-        ('"text"', "data.jsonl, line 3: expected a JSON object; got str"),
+        ("[1, 2]", "data.jsonl, line 3: the line must be a JSON object; got list"),
+        ('"text"', "data.jsonl, line 3: the line must be a JSON object; got str"),
         ({"prompt": "a", "chosen": "b"}, 'data.jsonl, line 3: the field "rejected" is missing; found .*chosen'),
         ({"chosen": "a", "rejected": "b"}, 'data.jsonl, line 3: the field "prompt" is missing'),
         (PAIR | {"chosen": 3}, 'data.jsonl, line 3: the field "chosen" must be a string; got int'),

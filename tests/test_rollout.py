@@ -1,6 +1,7 @@
 """From prompts to a batch: what is sampled is what is scored, and each number stands at its token."""
 
 import math
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -314,7 +315,7 @@ def test_tokens_after_eos_cannot_change_the_score(kind, make_trainer, make_rewar
     noise = torch.where(batch.attention_mask, batch.tokens, 7)
     assert not torch.equal(noise, batch.tokens)
     before, after = (
-        trainer._score(tokens, batch.attention_mask, batch.response_mask) for tokens in (batch.tokens, noise)
+        trainer.scorer(replace(batch, tokens=tokens)) for tokens in (batch.tokens, noise)
     )
     torch.testing.assert_close(before, after, atol=1e-5, rtol=1e-5)
     assert before.unique().numel() > 2
@@ -469,7 +470,7 @@ def test_nothing_in_a_batch_carries_a_gradient(make_policy, make_lm, queries):
     policy = make_policy(head=1.0).train()
     batch = roll_out(policy, make_lm(seed=1), queries, length_score, kl_coef=0.1, whiten_advantages=True)
     tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    assert len(tensors) == 11
+    assert len(tensors) == 13
     assert not any(tensor.requires_grad for tensor in tensors.values())
 
 
@@ -495,6 +496,8 @@ def test_minibatches_without_a_generator_keep_the_order_and_all_fields(make_batc
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), value)
+        elif name == "records":
+            assert sum((piece.records for piece in pieces), ()) == value
         else:
             assert all(getattr(piece, name) == value for piece in pieces)
 

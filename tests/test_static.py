@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from rlhf_lessons.engines.static import StaticDecoder, StaticSampler
 from sampling import EOS, IDS, PAD, generator, repeated, teacher_forced
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_lessons import models
+from rlhf_lessons.device import autocast
 from rlhf_lessons.engines import static
+from rlhf_lessons.engines.static import StaticDecoder, StaticSampler
 from rlhf_lessons.models import FastGELU, takes_ready_masks, with_fast_gelu
 from rlhf_lessons.rollout import sample_responses
 
@@ -145,7 +146,7 @@ def test_a_trainer_learns_the_same_from_either_sampler(make_trainer):
     results = []
     for sample in (sample_responses, StaticSampler()):
         trainer = make_trainer(max_new_tokens=5)
-        trainer.sample = lambda *args, sample=sample, **options: sample(*args, **(options | {"eos_id": -1}))
+        trainer.sampler = lambda *args, sample=sample, **options: sample(*args, **(options | {"eos_id": -1}))
         results.append((trainer.step(), trainer.batch))
     (dynamic, first), (static, second) = results
     assert torch.equal(first.responses, second.responses)
@@ -236,11 +237,11 @@ def test_in_bf16_the_first_ratio_is_one_within_two_percent(static, make_trainer,
     trainer = make_trainer(
         make_policy(head=0.1, **size), make_lm(seed=1, **size), precision="bf16", batch_size=64, minibatch_size=64
     )
-    trainer.sample = StaticSampler() if static else sample_responses
+    trainer.sampler = StaticSampler() if static else sample_responses
     metrics, batch = trainer.step(), trainer.batch
     assert metrics["first_ratio_error"] < 0.02
     assert {x.dtype for x in (batch.log_probs, batch.ref_log_probs, batch.values, batch.rewards)} == {torch.float32}
-    with trainer.accelerator.autocast():
+    with autocast(trainer.device, trainer.config.precision):
         assert trainer.losses(batch)[0].dtype == torch.float32
         assert trainer.policy.lm(batch.tokens).logits.dtype == torch.bfloat16
 
@@ -252,7 +253,7 @@ def test_the_gpus_float32_step_is_the_cpus(make_trainer):
     on_gpu.policy.load_state_dict(on_cpu.policy.state_dict())
     batch = on_cpu.rollout()
     moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in vars(batch).items()}
-    expected, got = on_cpu.update(batch)[0], on_gpu.update(type(batch)(**moved))[0]
+    expected, got = on_cpu.update(batch).reports[0], on_gpu.update(type(batch)(**moved)).reports[0]
     for name in expected:
         assert float(got[name]) == pytest.approx(float(expected[name]), abs=1e-4), name
     for mine, theirs in zip(on_gpu.policy.parameters(), on_cpu.policy.parameters(), strict=True):

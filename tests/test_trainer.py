@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from rlhf_lessons import fitting
 from rlhf_lessons.data import encode_prompt, encode_response
+from rlhf_lessons.device import make_accelerator
 from rlhf_lessons.models import RewardModel
 from rlhf_lessons.trainer import SEED_STRIDE, PPOConfig, fit_language_model, fit_reward_model
 
@@ -198,7 +199,7 @@ def test_accumulated_gradient_equals_that_of_one_big_minibatch(pieces, make_trai
         )
         expected = gradients_of(trainer, batch)
         steps = watch_steps(trainer)
-        reports = trainer.update(batch)
+        reports = trainer.update(batch).reports
         assert len(steps) == len(reports) == 1
         assert_all_close(steps[0]["gradients"], expected, atol=1e-6, rtol=1e-4)
         found[number] = {name: value.item() for name, value in reports[0].items()}
@@ -262,7 +263,7 @@ def test_gradients_are_scaled_down_to_the_norm_that_is_allowed(limit, make_train
     batch = make_batch(LENGTHS)
     raw = gradients_of(trainer, batch)
     steps = watch_steps(trainer)
-    report = trainer.update(batch)[0]
+    report = trainer.update(batch).reports[0]
     assert report["grad_norm"].item() == pytest.approx(norm(raw), rel=1e-4)
     scale = min(1.0, limit / norm(raw))
     assert norm(steps[0]["gradients"]) == pytest.approx(scale * norm(raw), rel=1e-4)
@@ -276,14 +277,16 @@ def test_target_kl_leaves_the_epochs_before_the_step_that_would_go_on(make_train
     free = make_trainer(**settings)
     batch = free.rollout()
     steps = watch_steps(free)
-    measured = [report["approx_kl"].item() for report in free.update(batch)]
+    whole = free.update(batch)
+    measured = [report["approx_kl"].item() for report in whole.reports]
+    assert not whole.stopped and whole.steps == len(measured)
     rising = [i for i in range(2, 8) if measured[i] > 1.6 * max(measured[:i])]
     stop = rising[-1]
     target = 1.05 * max(measured[:stop]) / 1.5  # the KL before is past the target itself, and not past 1.5 of it
     stopped = make_trainer(**settings, target_kl=target)
-    reports = stopped.update(stopped.rollout())
-    assert [report["approx_kl"].item() for report in reports] == pytest.approx(measured[: stop + 1], rel=1e-3, abs=1e-6)
-    assert ["grad_norm" in report for report in reports] == [True] * stop + [False]
+    updates = stopped.update(stopped.rollout())
+    assert [report["approx_kl"].item() for report in updates.reports] == pytest.approx(measured[: stop + 1], rel=1e-3, abs=1e-6)
+    assert updates.stopped and updates.steps == stop
     assert_all_close(copies(stopped.policy), steps[stop]["parameters"], atol=1e-6, rtol=1e-5)
     assert all(p.grad is None or not p.grad.any() for p in stopped.policy.parameters())
     again = make_trainer(**settings, target_kl=target).step()
@@ -563,7 +566,7 @@ def test_a_learning_rate_far_too_high_ends_in_the_same_error(rate, make_trainer)
     ],
 )
 def test_scores_of_the_wrong_shape_or_not_finite_are_refused(score_fn, message, make_trainer):
-    with pytest.raises(ValueError, match=f"score_fn must return {message}"):
+    with pytest.raises(ValueError, match=f"scores must be {message}"):
         make_trainer(score_fn=score_fn).step()
 
 
@@ -594,7 +597,7 @@ def test_a_reward_model_scores_the_tokens_themselves(make_trainer, make_reward_m
 def test_prompts_must_fit_the_context_with_their_responses(make_trainer):
     """The model's context is 32: 26 prompt tokens and 6 new ones fit, one more does not."""
     fits = " ".join(["bad"] * 25)
-    with pytest.raises(ValueError, match="prompt 2 has 27 tokens; with max_new_tokens = 6 it does not fit .* 32"):
+    with pytest.raises(ValueError, match="prompt 2: a prompt must leave room for .* = 6 in .* 32; got one of 27 tokens"):
         make_trainer(prompts=["film", fits + " bad"])
     make_trainer(prompts=[fits]).step()
 
@@ -755,10 +758,10 @@ def test_a_fit_that_diverges_raises_and_names_the_step(make_lm, tokenizer):
 
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="device must be one of auto, cpu, cuda, mps; got 'tpu'"):
-        fitting.make_accelerator("tpu")
+        make_accelerator("tpu")
     absent = "mps" if torch.cuda.is_available() else "cuda"
-    with pytest.raises(ValueError, match=f"device '{absent}' is not available on this machine"):
-        fitting.make_accelerator(absent)
+    with pytest.raises(ValueError, match=f"device must be one that this machine has; got '{absent}'"):
+        make_accelerator(absent)
 
 
 def test_from_language_model_to_aligned_policy(make_lm, make_trainer, make_policy, tokenizer, tmp_path):
@@ -795,7 +798,7 @@ def one_of_two_processes(folder):
     rank = trainer.accelerator.process_index
     half = random_batch(UNION).rows(torch.arange(8) + 8 * rank)
     steps = watch_steps(trainer)
-    report = trainer.update(half)[0]
+    report = trainer.update(half).reports[0]
     second = union_trainer(tiny_trainer, minibatch_size=8, gradient_accumulation_steps=1, ppo_epochs=2)
     metrics = second.step()
     result = dict(
@@ -839,7 +842,7 @@ def test_two_processes_make_the_gradient_of_one_on_both_halves(two_processes, ma
     """Halves of 28 and 31 tokens in two pieces each: the sum is weighted by tokens, in the gradient and the report."""
     trainer = union_trainer(make_trainer)
     steps = watch_steps(trainer)
-    report = trainer.update(make_batch(UNION))[0]
+    report = trainer.update(make_batch(UNION)).reports[0]
     expected = {name: float(value) for name, value in report.items()}
     for result in two_processes:
         assert result["processes"] == 2
