@@ -66,7 +66,12 @@ def test_transitions_by_hand():
 
 
 def test_two_starts_are_equally_likely():
-    assert GridWorld("SS\n.G").start.tolist() == [0.5, 0.5, 0, 0]
+    world = GridWorld("SS\n.G")
+    assert world.start.tolist() == [0.5, 0.5, 0, 0]
+    walks = world.enumerate_trajectories(2)
+    probs = walks.log_prob(world.uniform_policy().log()).exp()
+    shares = torch.zeros_like(world.start).index_add(0, walks.states[:, 0], probs)
+    torch.testing.assert_close(shares, world.start)  # a walk's probability includes its start's
 
 
 def test_values_go_back_on_the_map():

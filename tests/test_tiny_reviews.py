@@ -215,6 +215,7 @@ def test_importing_the_module_does_not_import_transformers():
         (PROMPT, "good and the acting was funny .", 1.0, 0, 0, 0, 1.0),
         ("the plot was not", "good .", -0.5, 0, 0, 0, -0.5),  # the prompt's negation holds
         ("the plot was awful", "and funny .", 1.0, 0, 0, 0, 1.0),  # its sentiment is not counted
+        ("plot plot plot was", "good .", 1.0, 0, 0, 0, 1.0),  # nor what is wrong with it
         (PROMPT, "<unk> .", 0.0, 2, 0, 0, -2.0),
     ],
 )
