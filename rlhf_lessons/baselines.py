@@ -58,6 +58,7 @@ def group_advantages(rewards: Tensor, group: Tensor, *, scale: str = "group") ->
     _, index, counts = torch.unique(group, return_inverse=True, return_counts=True)
 
     def group_mean(x: Tensor) -> Tensor:
+        """Of each row's group."""
         return (torch.zeros_like(counts, dtype=x.dtype).index_add(0, index, x) / counts)[index]
 
     centred = rewards - group_mean(rewards)

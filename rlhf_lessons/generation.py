@@ -177,7 +177,7 @@ def new_kv_cache(lm: nn.Module, length: int) -> "DynamicCache":
     class PreallocatedLayer(DynamicLayer):
         """Room for `length` positions from the first step on; the base class copies all of them at every step."""
 
-        def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if not self.is_initialized:
                 self.lazy_initialization(keys, values)
                 self.room = [x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (keys, values)]

@@ -10,8 +10,9 @@ import functools
 import inspect
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 
 from rlhf_lessons.masking import position_ids
 from rlhf_lessons.policy_gradient import full_precision
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 ASSETS = Path(__file__).parent / "assets"  # the tiny world's models: base, reward_model, aligned
 VALUE_HEAD_FILE = "value_head.safetensors"  # keys: weight (1, H), bias (1,)
@@ -132,7 +136,7 @@ class CausalLMWithValueHead(nn.Module):
         self.value_head.to(dtype=next(lm.parameters()).dtype)
 
     @property
-    def config(self):
+    def config(self) -> "PretrainedConfig":
         """The language model's configuration."""
         return self.lm.config
 
@@ -211,7 +215,7 @@ class RewardModel(nn.Module):
                 setattr(classifier.config, name, default)
 
     @property
-    def config(self):
+    def config(self) -> "PretrainedConfig":
         """The classifier's configuration."""
         return self.classifier.config
 
@@ -270,7 +274,9 @@ def load_reward_model(path: str | Path) -> RewardModel:
 
     classifier, report = read_checkpoint(AutoModelForSequenceClassification, path, output_loading_info=True)
     if report["missing_keys"]:
-        raise ValueError(f"{path} is no reward model: its checkpoint lacks {', '.join(sorted(report['missing_keys']))}")
+        raise ValueError(
+            f"{path} must hold a reward model; got a checkpoint without {', '.join(sorted(report['missing_keys']))}"
+        )
     return RewardModel(classifier)
 
 
@@ -285,13 +291,13 @@ def load_causal_lm(path: str | Path) -> nn.Module:
     made_for = " ".join(lm.config.architectures or [])
     if report["missing_keys"] or (made_for and "CausalLM" not in made_for and "LMHead" not in made_for):
         raise ValueError(
-            f"{path} has no language-model head: its checkpoint was saved from {made_for or 'another model'}"
+            f"{path} must hold a model with a language-model head; got one saved from {made_for or 'another model'}"
         )
     return lm
 
 
 @contextlib.contextmanager
-def quiet_transformers():
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no reports of loading and saving: what matters there is raised as an error."""
     from transformers.utils import logging
 
@@ -306,7 +312,7 @@ def quiet_transformers():
             logging.enable_progress_bar()
 
 
-def read_checkpoint(auto_class, path: str | Path, **options):
+def read_checkpoint(auto_class: type, path: str | Path, **options: Any) -> Any:
     """`auto_class.from_pretrained`, with what goes wrong said in one line (ValueError)."""
     options = dict(dtype=torch.float32, use_safetensors=True, **options)
     try:
@@ -357,7 +363,9 @@ def with_fast_gelu(model: nn.Module) -> nn.Module:
     return model
 
 
-def new_causal_lm(tokenizer, *, layers: int, width: int, heads: int, context: int, seed: int) -> nn.Module:
+def new_causal_lm(
+    tokenizer: "PreTrainedTokenizerBase", *, layers: int, width: int, heads: int, context: int, seed: int
+) -> nn.Module:
     """A GPT-2 with random weights for this tokenizer; its embedding and vocabulary head are one matrix.
 
     Initialised from `seed` without touching the global generator.
@@ -376,7 +384,7 @@ def new_causal_lm(tokenizer, *, layers: int, width: int, heads: int, context: in
     )
 
 
-def random_gpt2(*, seed: int, classifier: bool = False, **settings) -> nn.Module:
+def random_gpt2(*, seed: int, classifier: bool = False, **settings: Any) -> nn.Module:
     """A GPT-2 without dropout, weights drawn from `seed`: a language model, or a classifier with one label.
 
     settings: fields of its configuration; the others are those of GPT-2's checkpoints.
@@ -391,7 +399,7 @@ def random_gpt2(*, seed: int, classifier: bool = False, **settings) -> nn.Module
         return GPT2ForSequenceClassification(config) if classifier else GPT2LMHeadModel(config)
 
 
-def load_tokenizer(path: str | Path):
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """Load a tokenizer, padding on the left; raises ValueError when its pad token is missing or is its EOS."""
     from transformers import AutoTokenizer
 
@@ -404,7 +412,7 @@ def load_tokenizer(path: str | Path):
     return tokenizer
 
 
-def check_tokenizer(tokenizer) -> None:
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise ValueError unless the tokenizer has an EOS and a pad token, and they differ."""
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an EOS token: without one no response ever ends")

@@ -174,7 +174,7 @@ def test_optimiser_and_schedule_can_be_given():
 
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
 def test_a_run_raises_the_gold_reward_that_nobody_trains_on(method):
-    """12 iterations of 64 responses; the mean over the last three against the first, 0.45 at least (seen: 0.8 to 1.3)."""
+    """12 iterations of 64 responses; mean of the last three against the first, 0.45 at least (seen: 0.8 to 1.3)."""
     tokenizer = load_tokenizer(ASSETS / "base")
     prompts = tiny_reviews.prompts(500, torch.Generator().manual_seed(0))
     config = GroupConfig(

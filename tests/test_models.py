@@ -289,13 +289,13 @@ def test_checkpoint_without_a_language_model_head_is_refused(make, make_config, 
     """Also where the head would be tied to the embedding, so that loading it misses no key."""
     model = make(make_config)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"no language-model head.*{type(model).__name__}"):
+    with pytest.raises(ValueError, match=f"language-model head; got one saved from .*{type(model).__name__}"):
         CausalLMWithValueHead.from_pretrained(tmp_path)
 
 
 def test_language_model_is_no_reward_model(make_lm, tmp_path):
     make_lm().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is no reward model: its checkpoint lacks score.weight"):
+    with pytest.raises(ValueError, match="must hold a reward model; got a checkpoint without score.weight"):
         load_reward_model(tmp_path)
 
 

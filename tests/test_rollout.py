@@ -314,9 +314,7 @@ def test_tokens_after_eos_cannot_change_the_score(kind, make_trainer, make_rewar
     trainer = make_trainer(score_fn=make_reward_model() if kind == "reward model" else vowels)
     noise = torch.where(batch.attention_mask, batch.tokens, 7)
     assert not torch.equal(noise, batch.tokens)
-    before, after = (
-        trainer.scorer(replace(batch, tokens=tokens)) for tokens in (batch.tokens, noise)
-    )
+    before, after = (trainer.scorer(replace(batch, tokens=tokens)) for tokens in (batch.tokens, noise))
     torch.testing.assert_close(before, after, atol=1e-5, rtol=1e-5)
     assert before.unique().numel() > 2
 

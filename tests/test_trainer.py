@@ -285,7 +285,9 @@ def test_target_kl_leaves_the_epochs_before_the_step_that_would_go_on(make_train
     target = 1.05 * max(measured[:stop]) / 1.5  # the KL before is past the target itself, and not past 1.5 of it
     stopped = make_trainer(**settings, target_kl=target)
     updates = stopped.update(stopped.rollout())
-    assert [report["approx_kl"].item() for report in updates.reports] == pytest.approx(measured[: stop + 1], rel=1e-3, abs=1e-6)
+    assert [report["approx_kl"].item() for report in updates.reports] == pytest.approx(
+        measured[: stop + 1], rel=1e-3, abs=1e-6
+    )
     assert updates.stopped and updates.steps == stop
     assert_all_close(copies(stopped.policy), steps[stop]["parameters"], atol=1e-6, rtol=1e-5)
     assert all(p.grad is None or not p.grad.any() for p in stopped.policy.parameters())
@@ -597,7 +599,9 @@ def test_a_reward_model_scores_the_tokens_themselves(make_trainer, make_reward_m
 def test_prompts_must_fit_the_context_with_their_responses(make_trainer):
     """The model's context is 32: 26 prompt tokens and 6 new ones fit, one more does not."""
     fits = " ".join(["bad"] * 25)
-    with pytest.raises(ValueError, match="prompt 2: a prompt must leave room for .* = 6 in .* 32; got one of 27 tokens"):
+    with pytest.raises(
+        ValueError, match="prompt 2: a prompt must leave room for .* = 6 in .* 32; got one of 27 tokens"
+    ):
         make_trainer(prompts=["film", fits + " bad"])
     make_trainer(prompts=[fits]).step()
 

@@ -87,7 +87,7 @@ def resolve(arguments: argparse.Namespace) -> Inputs:
     if given["score"] is not None and given["reward_model"] is not None:
         raise ValueError("give --score or --reward-model, not both")
     if given["eval_preferences"] is not None and given["preferences"] is None:
-        raise ValueError("--eval-preferences measures the reward model made from --preferences; give that too")
+        raise ValueError("give --preferences too: --eval-preferences measures the reward model made from them")
     check_device(getattr(arguments, "device", None) or "auto")
     found = {name: path and read(path) for (name, read) in FILES.items() for path in (given[name],)}
     score = given["score"] and import_score(given["score"])

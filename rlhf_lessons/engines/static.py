@@ -6,6 +6,8 @@ rows take all steps and ended ones write padding, so that a step is the same wor
 captured once as a CUDA graph and replayed. Without a GPU the same step runs uncaptured, which is how it is tested.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ class StaticSampler(Sampler):
         self.decoders: dict[tuple, StaticDecoder] = {}
 
     @torch.no_grad()
-    def __call__(self, lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, **options) -> Responses:
+    def __call__(self, lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Responses:
         """Arguments and result as those of `sample_responses`."""
         if not takes_ready_masks(lm):
             return sample_responses(lm, input_ids, attention_mask, **options)
@@ -48,8 +50,7 @@ class StaticDecoder:
 
     def __init__(
         self, lm: nn.Module, batch: int, prompt_length: int, *, max_new_tokens: int, eos_id: int | list[int],
-        pad_id: int,
-        temperature: float = 1.0, generator: torch.Generator | None = None,
+        pad_id: int, temperature: float = 1.0, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         from transformers import StaticCache
 
