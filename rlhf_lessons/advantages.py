@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_lessons.masking import check_same_shape, real_steps
+from rlhf_lessons.masking import check_same_shape, full_precision, real_steps
 from rlhf_lessons.policy_gradient import check_discount, discounted_sum, next_is_real
 
 
@@ -54,7 +54,7 @@ def td_residuals(
     """
     check_discount("gamma", gamma)
     check_same_shape(rewards=rewards, values=values, terminated=terminated)
-    mask = real_steps(rewards, mask)
+    rewards, values, mask = full_precision(rewards), full_precision(values), real_steps(rewards, mask)
     following = next_values(values, mask, terminated, bootstrap_value)
     return torch.where(mask, rewards + gamma * following - values, 0)
 
@@ -80,7 +80,7 @@ def n_step_advantages(
     if n < 1:
         raise ValueError(f"n must be at least 1; got {n}")
     residuals = td_residuals(rewards, values, mask, gamma=gamma, terminated=terminated, bootstrap_value=bootstrap_value)
-    carry = gamma * continues(real_steps(rewards, mask), terminated).to(rewards.dtype)
+    carry = gamma * continues(real_steps(rewards, mask), terminated).to(residuals.dtype)
     total = residuals
     for _ in range(min(n, rewards.shape[1]) - 1):
         total = residuals + carry * F.pad(total[:, 1:], (0, 1))
@@ -109,7 +109,7 @@ def gae(
     check_discount("lam", lam)
     residuals = td_residuals(rewards, values, mask, gamma=gamma, terminated=terminated, bootstrap_value=bootstrap_value)
     mask = real_steps(rewards, mask)
-    advantages = discounted_sum(residuals, gamma * lam * continues(mask, terminated).to(rewards.dtype))
+    advantages = discounted_sum(residuals, gamma * lam * continues(mask, terminated).to(residuals.dtype))
     return advantages, torch.where(mask, advantages + values, 0)
 
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_lessons.masking import check_same_shape, inverse_deviation
-from rlhf_lessons.policy_gradient import full_precision
+from rlhf_lessons.masking import check_same_shape, full_precision, inverse_deviation
 
 
 def leave_one_out_baseline(returns: Tensor) -> Tensor:
@@ -18,6 +17,7 @@ def leave_one_out_baseline(returns: Tensor) -> Tensor:
     """
     if returns.ndim != 2 or returns.shape[1] < 2:
         raise ValueError(f"returns must be (B, K) with K >= 2 samples a prompt; got shape {tuple(returns.shape)}")
+    returns = full_precision(returns)
     return (returns.sum(dim=1, keepdim=True) - returns) / (returns.shape[1] - 1)
 
 
@@ -34,6 +34,7 @@ def optimal_baseline(score_norms_sq: Tensor, returns: Tensor) -> Tensor:
     check_same_shape(score_norms_sq=score_norms_sq, returns=returns)
     if returns.ndim != 1:
         raise ValueError(f"returns must be (N,); got shape {tuple(returns.shape)}")
+    score_norms_sq, returns = full_precision(score_norms_sq), full_precision(returns)
     total = score_norms_sq.sum()
     if total.device.type == "cpu" and total == 0:
         raise ValueError("score_norms_sq must have a positive entry; got only 0")

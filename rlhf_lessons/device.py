@@ -38,6 +38,21 @@ def make_accelerator(device: str = "auto") -> "Accelerator":
     return Accelerator(cpu=wanted == "cpu", mixed_precision="no")
 
 
+def share_of(accelerator: "Accelerator", count: int) -> slice:
+    """Which of `count` rows are this process's: as many as every other's."""
+    size = count // accelerator.num_processes
+    return slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+
+
+def gather_rows(accelerator: "Accelerator", rows: torch.Tensor, *, padding: int = 0) -> torch.Tensor:
+    """All processes' rows (b, …) as one tensor (B, …), the same on each; shorter ones are padded on the right."""
+    if accelerator.num_processes == 1:
+        return rows
+    if rows.ndim > 1:
+        rows = accelerator.pad_across_processes(rows, dim=1, pad_index=padding)
+    return accelerator.gather(rows)
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which models run: bfloat16 where `precision` is "bf16", as they are where it is "no"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -4,6 +4,7 @@ Shapes: B rows, P prompt positions (padded on the left), T response positions (p
 The temperature stands here alone, for sampling and for scoring: `at_temperature`.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lessons.data import decode, encode_prompts, pad
+from rlhf_lessons.masking import full_precision
 from rlhf_lessons.models import context_of, position_arguments, takes_ready_masks
-from rlhf_lessons.policy_gradient import action_log_probs, full_precision
+from rlhf_lessons.policy_gradient import action_log_probs
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -92,16 +94,26 @@ def at_temperature(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits / temperature  # over a whole vocabulary a copy is worth sparing
 
 
-def sample_tokens(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One token per row from softmax(logits), by inverting the cumulative distribution. (B, V) -> (B,) long.
+def draw_uniforms(rows: int, steps: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """Numbers from U[0, 1) that `rows` responses are drawn by, one a token: (rows, steps) float32, on the CPU.
+
+    Drawn there and all at once, a seed means the same responses on every device and however the rows are shared out.
+    """
+    device = "cpu" if generator is None else generator.device
+    return torch.rand(rows, steps, generator=generator, device=device)
+
+
+def sample_tokens(logits: Tensor, u: Tensor) -> Tensor:
+    """One token per row from softmax(logits), by inverting the cumulative distribution. (B, V), (B,) -> (B,) long.
 
     The first token whose cumulative probability exceeds u ~ U[0, 1).
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
-    u = torch.rand(total.shape, generator=generator, device=logits.device, dtype=logits.dtype) * total
+    at = u[:, None].to(logits.dtype) * total
     # u·total may round up to total itself, past every token that has probability.
-    chosen = torch.searchsorted(cumulative, u.minimum(total.nextafter(torch.zeros_like(total))), right=True).squeeze(-1)
+    at = at.minimum(total.nextafter(torch.zeros_like(total)))
+    chosen = torch.searchsorted(cumulative, at, right=True).squeeze(-1)
     return chosen.clamp(max=logits.shape[-1] - 1)  # only NaN goes beyond; the loss, NaN too, will tell of it
 
 
@@ -116,17 +128,22 @@ def sample_responses(
     pad_id: int,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    uniforms: Tensor | None = None,
 ) -> Responses:
     """Continue each prompt with tokens drawn from softmax(logits / temperature), until EOS or max_new_tokens.
 
     lm: any Hugging Face causal language model; input_ids, attention_mask (B, P), padded on the left; eos_id: the token
-    that ends a response, or several. The prompt is read once, then each step reads one token through the model's own
-    key-value cache; rows that have ended leave the cache. No top-k or top-p: the log-probabilities are those of the
-    distribution that was sampled from. Raises ValueError when a row's last prompt position is padding.
+    that ends a response, or several; uniforms: numbers to draw by (B, max_new_tokens), else `draw_uniforms` of
+    `generator`. The prompt is read once, then each step reads one token through the model's own key-value cache; rows
+    that have ended leave the cache. No top-k or top-p: the log-probabilities are those of the distribution that was
+    sampled from. Raises ValueError when a row's last prompt position is padding.
     """
     if attention_mask.device.type == "cpu" and not attention_mask[:, -1].all():
         raise ValueError("attention_mask must end in a real token in every row: pad prompts on the left; got padding")
     batch, prompt_length = input_ids.shape
+    if uniforms is None:
+        uniforms = draw_uniforms(batch, max_new_tokens, generator=generator)
+    uniforms = uniforms.to(input_ids.device)
     tokens = input_ids.new_full((batch, max_new_tokens), pad_id)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     log_probs = torch.zeros_like(tokens, dtype=torch.promote_types(lm.dtype, torch.float32))
@@ -148,7 +165,7 @@ def sample_responses(
             **{name: whole[:, read] for name, whole in positions.items()},
         )
         logits = at_temperature(output.logits[:, -1], temperature)
-        chosen = sample_tokens(logits, generator)
+        chosen = sample_tokens(logits, uniforms[rows, t])
         tokens[rows, t] = chosen
         mask[rows, t] = True
         log_probs[rows, t] = action_log_probs(logits, chosen)
@@ -204,15 +221,19 @@ def sample_batch(
     sample: Callable[..., Responses] | None = None,
     group: Tensor | None = None,
     records: Sequence[Mapping[str, Any]] | None = None,
+    uniforms: Tensor | None = None,
     **options: Any,
 ) -> Samples:
     """Prompts (B, P) with a response each, by `sample_responses` or what takes its place.
 
     group (B,): the draw that each row answers, each its own without it; records: the rows' prompts with their columns;
-    options: those of `sample_responses`.
+    options and uniforms: those of `sample_responses`, the latter for a sampler that has a use for them.
     """
-    prompt_mask = attention_mask.bool()
-    responses = (sample or sample_responses)(lm, input_ids, prompt_mask, **options)
+    prompt_mask, sample = attention_mask.bool(), sample or sample_responses
+    parameters = inspect.signature(sample).parameters.values()
+    if uniforms is not None and any(p.name == "uniforms" or p.kind is p.VAR_KEYWORD for p in parameters):
+        options["uniforms"] = uniforms
+    responses = sample(lm, input_ids, prompt_mask, **options)
     return Samples(
         tokens=torch.cat([input_ids, responses.tokens], dim=1),
         attention_mask=torch.cat([prompt_mask, responses.mask], dim=1),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_lessons.masking import check_same_shape
+from rlhf_lessons.masking import check_same_shape, full_precision
 
 
 def importance_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def importance_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
     Source: Schulman et al. 2017, "Proximal policy optimization algorithms", §2.1.
     """
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs)
-    return (log_probs - old_log_probs).exp()
+    return (full_precision(log_probs) - full_precision(old_log_probs)).exp()
 
 
 def importance_mean(f: Tensor, weights: Tensor, *, self_normalized: bool = False) -> Tensor:
@@ -29,6 +29,7 @@ def importance_mean(f: Tensor, weights: Tensor, *, self_normalized: bool = False
     Source: Owen 2013, "Monte Carlo theory, methods and examples", ch. 9.
     """
     check_same_shape(f=f, weights=weights)
+    f, weights = full_precision(f), full_precision(weights)
     return (weights * f).sum() / (weights.sum() if self_normalized else f.numel())
 
 
@@ -42,5 +43,6 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     """
     if weights.device.type == "cpu" and not (torch.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise ValueError(f"weights must be finite, not negative and not all 0; got {weights.tolist()!s:.80}")
+    weights = full_precision(weights)
     scaled = weights / weights.max()  # the ratio does not depend on the scale, but squares of huge weights overflow
     return scaled.sum().square() / scaled.square().sum()

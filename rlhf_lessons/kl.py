@@ -6,8 +6,7 @@ All divergences are KL(policy ‖ reference), in nats.
 import torch
 from torch import Tensor
 
-from rlhf_lessons.masking import check_same_shape, real_steps
-from rlhf_lessons.policy_gradient import full_precision
+from rlhf_lessons.masking import check_same_shape, full_precision, real_steps
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
@@ -39,7 +38,7 @@ def sampled_kl(log_probs: Tensor, ref_log_probs: Tensor, *, kind: str) -> Tensor
     Source: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
     """
     check_same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs)
-    difference = log_probs - ref_log_probs
+    difference = full_precision(log_probs) - full_precision(ref_log_probs)
     if kind == "k1":
         return difference
     if kind == "k2":
@@ -62,7 +61,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) 
         raise ValueError(f"kl_coef must not be negative; got {kl_coef}")
     if scores.shape != kl.shape[:1]:
         raise ValueError(f"scores must be (B,) = {tuple(kl.shape[:1])}; got {tuple(scores.shape)}")
-    mask = real_steps(kl, mask)
+    scores, kl, mask = full_precision(scores), full_precision(kl), real_steps(kl, mask)
     steps = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, steps, -1).amax(dim=1, keepdim=True)
     rewards = -kl_coef * kl + torch.where(steps == last, scores[:, None], 0)

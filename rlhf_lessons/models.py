@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf_lessons.masking import position_ids
-from rlhf_lessons.policy_gradient import full_precision
+from rlhf_lessons.masking import full_precision, position_ids, rounding_variance
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -235,8 +234,9 @@ class RewardModel(nn.Module):
 
     def normalize(self, scores: Tensor) -> None:
         """Make `scores`, given by this model, have mean 0 and standard deviation 1 from now on. scores: (N,)."""
-        if scores.numel() < 2 or not scores.std(correction=0) > 0:
-            raise ValueError("scores must hold at least two different values to normalise by")
+        scores = full_precision(scores)
+        if scores.numel() < 2 or not scores.var(correction=0) > rounding_variance(scores.square().mean()):
+            raise ValueError("scores must hold at least two different values to normalise by; got equal ones")
         old_std = self.config.reward_std
         self.config.reward_mean += float(scores.mean()) * old_std
         self.config.reward_std = float(scores.std(correction=0)) * old_std
@@ -313,11 +313,21 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def read_checkpoint(auto_class: type, path: str | Path, **options: Any) -> Any:
-    """`auto_class.from_pretrained`, with what goes wrong said in one line (ValueError)."""
-    options = dict(dtype=torch.float32, use_safetensors=True, **options)
+    """`auto_class.from_pretrained`, with what goes wrong said in one line (ValueError).
+
+    GPT-2's activation, where the configuration asks for it as seven operations, is asked for as PyTorch's single one.
+    """
+    from transformers import AutoConfig
+
     try:
         with quiet_transformers():
-            loaded = auto_class.from_pretrained(str(path), **options)
+            config = AutoConfig.from_pretrained(str(path))
+            for name in ("activation_function", "hidden_act"):
+                if getattr(config, name, None) == "gelu_new":
+                    setattr(config, name, "gelu_pytorch_tanh")
+            loaded = auto_class.from_pretrained(
+                str(path), config=config, dtype=torch.float32, use_safetensors=True, **options
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot load a model from {str(path)!r}: {reason[:300]}") from error
@@ -333,33 +343,6 @@ def without_dropout(model: nn.Module) -> nn.Module:
         for name, rate in vars(module).items():  # some layers keep the rate as a number and drop by a function
             if name.endswith(("dropout", "layerdrop")) and isinstance(rate, float):
                 setattr(module, name, 0.0)
-    return model
-
-
-class FastGELU(nn.Module):
-    """GPT-2's activation ½x(1 + tanh z/2) = x·σ(z), z = x(a + bx²), a = 2√(2/π), b = 0.044715·a.
-
-    On a CPU, in place, the second form takes half the time of PyTorch's kernel for the first. Not in training, which
-    would have to keep what is overwritten.
-    """
-
-    A = torch.tensor(2 * math.sqrt(2 / math.pi), dtype=torch.float64)  # of no dimension: x's type is kept
-    B = 0.044715 * float(A)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype in (torch.float16, torch.bfloat16):
-            return nn.functional.gelu(x, approximate="tanh")
-        return torch.addcmul(self.A, x, x, value=self.B).mul_(x).sigmoid_().mul_(x)
-
-
-def with_fast_gelu(model: nn.Module) -> nn.Module:
-    """GPT-2's activation by `FastGELU`, whichever way it is written. The configuration, and so what is saved, stays."""
-    from transformers.activations import GELUTanh, NewGELUActivation
-
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation | GELUTanh):
-                setattr(module, name, FastGELU())
     return model
 
 
@@ -380,7 +363,6 @@ def new_causal_lm(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's own activation, computed in one call instead of seven
     )
 
 
@@ -391,6 +373,7 @@ def random_gpt2(*, seed: int, classifier: bool = False, **settings: Any) -> nn.M
     """
     from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
+    settings = {"activation_function": "gelu_pytorch_tanh"} | settings  # as in `read_checkpoint`
     if classifier:
         settings["num_labels"] = 1
     config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **settings)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_lessons.masking import check_same_shape, real_steps
+from rlhf_lessons.masking import check_same_shape, full_precision, real_steps
 
 
 def check_discount(name: str, value: float) -> None:
@@ -48,11 +48,6 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
-def full_precision(x: Tensor) -> Tensor:
-    """float16 and bfloat16 as float32; float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def discounted_sum(x: Tensor, carry: Tensor) -> Tensor:
     """Solve y_t = x_t + c_t·y_{t+1} with y_T = 0 for all t at once.
 
@@ -82,7 +77,7 @@ def discounted_return(rewards: Tensor, mask: Tensor | None = None, *, gamma: flo
     Source: Sutton & Barto 2018, §3.3.
     """
     check_discount("gamma", gamma)
-    mask = real_steps(rewards, mask)
+    rewards, mask = full_precision(rewards), real_steps(rewards, mask)
     steps = torch.arange(rewards.shape[1], dtype=rewards.dtype, device=rewards.device)
     discount = torch.full_like(steps, gamma) ** steps
     return (torch.where(mask, rewards, 0) * discount).sum(dim=-1)
@@ -99,7 +94,8 @@ def reward_to_go(rewards: Tensor, mask: Tensor | None = None, *, gamma: float) -
     """
     check_discount("gamma", gamma)
     mask = real_steps(rewards, mask)
-    return discounted_sum(torch.where(mask, rewards, 0), gamma * next_is_real(mask).to(rewards.dtype))
+    rewards = torch.where(mask, full_precision(rewards), 0)
+    return discounted_sum(rewards, gamma * next_is_real(mask).to(rewards.dtype))
 
 
 def policy_gradient_loss(log_probs: Tensor, weights: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -115,5 +111,5 @@ def policy_gradient_loss(log_probs: Tensor, weights: Tensor, mask: Tensor | None
     check_same_shape(log_probs=log_probs, weights=weights)
     mask = real_steps(log_probs, mask)
     # Both factors are masked: 0·NaN would be NaN.
-    terms = torch.where(mask, log_probs, 0) * torch.where(mask, weights.detach(), 0)
+    terms = torch.where(mask, full_precision(log_probs), 0) * torch.where(mask, full_precision(weights.detach()), 0)
     return -terms.sum() / log_probs.shape[0]

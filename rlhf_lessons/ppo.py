@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from rlhf_lessons.importance import importance_ratio
-from rlhf_lessons.masking import EPSILON, check_same_shape, masked_mean, masked_var, real_steps
+from rlhf_lessons.masking import (
+    check_same_shape,
+    full_precision,
+    masked_mean,
+    masked_var,
+    real_steps,
+    rounding_variance,
+)
 
 
 def check_clip(clip_eps: float) -> None:
@@ -59,8 +66,8 @@ def clipped_value_loss(
     check_clip(clip_eps)
     check_same_shape(values=values, old_values=old_values, returns=returns)
     mask = real_steps(values, mask)
-    values, old_values = torch.where(mask, values, 0), torch.where(mask, old_values, 0).detach()
-    returns = torch.where(mask, returns, 0).detach()
+    values, old_values, returns = (torch.where(mask, full_precision(x), 0) for x in (values, old_values, returns))
+    old_values, returns = old_values.detach(), returns.detach()
     clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
     return 0.5 * masked_mean(torch.max((values - returns).square(), (clipped - returns).square()), mask)
 
@@ -73,6 +80,7 @@ def ppo_loss(policy_loss: Tensor, value_loss: Tensor, entropy: Tensor, *, vf_coe
     Scalars -> (). Source: Schulman et al. 2017, "Proximal policy optimization algorithms", Eq. 9 (there as an
     objective).
     """
+    policy_loss, value_loss, entropy = map(full_precision, (policy_loss, value_loss, entropy))
     return policy_loss + vf_coef * value_loss - ent_coef * entropy
 
 
@@ -89,6 +97,7 @@ def clip_fraction(
     """
     check_clip(clip_eps)
     check_same_shape(ratio=ratio, advantages=advantages)
+    ratio = full_precision(ratio)
     if advantages is None:
         outside = (ratio - 1).abs() > clip_eps
     else:
@@ -101,9 +110,14 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = No
 
         1 − Var(R̂ − V) / Var(R̂)                                                                         (Eq. 7.6)
 
-    values, returns, mask of one shape -> (): 1 for a perfect critic, 0 for a constant one, negative for a harmful one.
+    values, returns, mask of one shape -> (): 1 for a perfect critic, 0 for a constant one, negative for a harmful one;
+    0 where the returns differ by rounding alone.
     With λ < 1 the returns contain V, which flatters it. Raises ValueError when the shapes disagree.
     Source: Huang et al. 2022, "The 37 implementation details of PPO", debug variables.
     """
     check_same_shape(values=values, returns=returns)
-    return 1 - masked_var(returns - values, mask) / (masked_var(returns, mask) + EPSILON)
+    mask = real_steps(returns, mask)
+    returns, values = (torch.where(mask, full_precision(x), 0) for x in (returns, values))
+    variance = masked_var(returns, mask)
+    flat = variance <= rounding_variance(masked_mean(returns.square(), mask))
+    return torch.where(flat, 0, 1 - masked_var(returns - values, mask) / torch.where(flat, 1, variance))

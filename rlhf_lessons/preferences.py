@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_lessons.masking import check_same_shape
+from rlhf_lessons.masking import check_same_shape, full_precision
 
 
 def preference_probability(a: Tensor, b: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def preference_probability(a: Tensor, b: Tensor) -> Tensor:
     Source: Bradley & Terry 1952, "Rank analysis of incomplete block designs".
     """
     check_same_shape(a=a, b=b)
-    return torch.sigmoid(a - b)
+    return torch.sigmoid(full_precision(a) - full_precision(b))
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -31,4 +31,4 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     check_same_shape(chosen=chosen, rejected=rejected)
     if chosen.numel() == 0:
         raise ValueError("chosen must hold at least one pair; got none")
-    return -F.logsigmoid(chosen - rejected).mean()
+    return -F.logsigmoid(full_precision(chosen) - full_precision(rejected)).mean()

@@ -22,7 +22,7 @@ from rlhf_lessons.scoring import Scorer, missing_eos_scores
 
 __all__ = [
     "Credited", "Rollout", "RolloutBatch", "collect", "collect_rollout", "policy_outputs", "ppo_credit",
-    "reference_logits", "sample_responses", "state_values",
+    "reference_logits", "response_values", "sample_responses", "state_values",
 ]  # fmt: skip
 
 
@@ -94,6 +94,16 @@ def response_log_probs(lm: nn.Module, samples: Samples, config: TrainerConfig) -
 
 
 @torch.no_grad()
+def response_values(policy: nn.Module, samples: Samples, config: TrainerConfig) -> Tensor:
+    """Values (B, T) of the states that the tokens were sampled in, in one pass over whole texts."""
+    length = samples.responses.shape[1]
+    return by_chunks(
+        samples, config.scored_rows,
+        lambda chunk: state_values(policy, chunk.tokens, chunk.attention_mask, length=length),
+    )  # fmt: skip
+
+
+@torch.no_grad()
 def collect(
     lm: nn.Module,
     reference: nn.Module,
@@ -123,14 +133,9 @@ def collect(
     )
 
 
-@torch.no_grad()
-def ppo_credit(policy: nn.Module, rollout: Rollout, *, config: PPOConfig, kl_coef: float) -> RolloutBatch:
-    """PPO's credit: the critic's values, rewards shaped by today's β, GAE, whitening."""
+def ppo_credit(rollout: Rollout, values: Tensor, *, config: PPOConfig, kl_coef: float) -> RolloutBatch:
+    """PPO's credit: rewards shaped by today's β, GAE on the critic's values (B, T), whitening."""
     mask = rollout.response_mask
-    values = by_chunks(
-        rollout, config.scored_rows,
-        lambda chunk: state_values(policy, chunk.tokens, chunk.attention_mask, length=mask.shape[1]),
-    )  # fmt: skip
     scores = masked_whiten(rollout.scores, shift_mean=False) if config.normalize_scores else rollout.scores
     kl = sampled_kl(rollout.log_probs, rollout.ref_log_probs, kind="k1")
     rewards = shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
@@ -168,4 +173,4 @@ def collect_rollout(
         policy.lm, reference, score if isinstance(score, Scorer) else of_tokens, input_ids, attention_mask,
         config=config, sample=sample, eos_id=eos_id, pad_id=pad_id, generator=generator,
     )  # fmt: skip
-    return ppo_credit(policy, rollout, config=config, kl_coef=kl_coef)
+    return ppo_credit(rollout, response_values(policy, rollout, config), config=config, kl_coef=kl_coef)

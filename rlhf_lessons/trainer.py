@@ -10,21 +10,21 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_lessons.config import PPOConfig, TrainerConfig
+from rlhf_lessons.config import PPOConfig, TrainerConfig, require
 from rlhf_lessons.data import encode_prompts, pad
-from rlhf_lessons.device import autocast, make_accelerator
+from rlhf_lessons.device import autocast, gather_rows, make_accelerator, share_of
 from rlhf_lessons.fitting import fit_language_model, fit_reward_model
-from rlhf_lessons.generation import Responses, sample_responses
+from rlhf_lessons.generation import Responses, draw_uniforms, sample_responses
 from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
 from rlhf_lessons.masking import masked_mean
-from rlhf_lessons.models import check_tokenizer, context_of, with_fast_gelu, without_dropout
+from rlhf_lessons.models import check_tokenizer, context_of, without_dropout
 from rlhf_lessons.policy_gradient import action_log_probs, entropy
 from rlhf_lessons.ppo import clip_fraction, clipped_policy_loss, clipped_value_loss, explained_variance, ppo_loss
 from rlhf_lessons.rollout import (
@@ -35,6 +35,7 @@ from rlhf_lessons.rollout import (
     policy_outputs,
     ppo_credit,
     reference_logits,
+    response_values,
 )
 from rlhf_lessons.scoring import ModelScorer, Scorer, as_scorer
 
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PPOConfig", "PPOTrainer", "Trainer", "fit_language_model", "fit_reward_model"]
 
-SEED_STRIDE = 100003  # between the seeds of parallel processes, as in Ziegler et al. 2019
 EARLY_STOP = 1.5  # times the target KL
 
 Report = dict[str, Tensor]
@@ -90,7 +90,11 @@ class Trainer:
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.accelerator = make_accelerator(config.device)
-        self.device = self.accelerator.device
+        self.device, processes = self.accelerator.device, self.accelerator.num_processes
+        pieces = {"batch_size": config.samples_per_prompt, "minibatch_size": config.gradient_accumulation_steps}
+        for name, parts in pieces.items():
+            whole, unit = getattr(config, name), parts * processes
+            require(name, whole, whole % unit == 0, f"a multiple of {unit}, {parts} for each of {processes} processes")
         reference = getattr(reference, "lm", reference)
         if {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}:
             raise ValueError("reference must be a model of its own; got one that shares parameters with policy")
@@ -105,9 +109,6 @@ class Trainer:
         self.scorer = as_scorer(scorer, tokenizer, rows=config.scored_rows)
         if isinstance(self.scorer, ModelScorer):
             self.scorer.model.to(self.device)
-        for model in (policy, reference, scorer):
-            if isinstance(model, nn.Module):
-                with_fast_gelu(model)
         optimizer = optimizer or self.default_optimizer(policy)
         self.scheduler = scheduler or self.default_scheduler(optimizer)
         self.model, self.optimizer = self.accelerator.prepare(without_dropout(policy).train(), optimizer)
@@ -117,9 +118,8 @@ class Trainer:
             if config.adaptive_kl_target is None
             else AdaptiveKL(config.kl_coef, config.adaptive_kl_target, config.adaptive_kl_horizon)
         )
-        seed = config.seed + SEED_STRIDE * self.accelerator.process_index
-        self.sampling = torch.Generator(self.device).manual_seed(seed)
-        self.ordering = torch.Generator().manual_seed(seed)  # prompts and shuffles are drawn on the CPU
+        # The same in every process: each draws for the whole batch and takes its rows, so a seed means one batch.
+        self.generator = torch.Generator().manual_seed(config.seed)
         self.sampler = sampler or sample_responses
         self.iteration = 0
 
@@ -179,17 +179,27 @@ class Trainer:
 
     def collect(self) -> Rollout:
         """Draw prompts and sample `samples_per_prompt` responses to each, with their facts."""
-        config, repeats = self.config, self.config.samples_per_prompt
-        draws = config.batch_size // repeats // self.accelerator.num_processes
-        drawn = torch.randint(len(self.prompt_ids), (draws,), generator=self.ordering).repeat_interleave(repeats)
-        group = torch.arange(draws).repeat_interleave(repeats) + draws * self.accelerator.process_index
-        rows = drawn.tolist()
-        input_ids, mask = pad([self.prompt_ids[i] for i in rows], self.tokenizer.pad_token_id, side="left")
-        return collect(
-            self.lm, self.reference, self.scorer, input_ids.to(self.device), mask.to(self.device),
-            config=config, sample=self.sampler, group=group.to(self.device), records=[self.prompts[i] for i in rows],
-            eos_id=self.tokenizer.eos_token_id, pad_id=self.tokenizer.pad_token_id, generator=self.sampling,
+        config, count, pad_id = self.config, self.config.batch_size, self.tokenizer.pad_token_id
+        draws = torch.randint(len(self.prompt_ids), (count // config.samples_per_prompt,), generator=self.generator)
+        drawn = draws.repeat_interleave(config.samples_per_prompt).tolist()
+        group = torch.arange(len(draws)).repeat_interleave(config.samples_per_prompt)
+        uniforms = draw_uniforms(count, config.max_new_tokens, generator=self.generator)
+        input_ids, mask = pad([self.prompt_ids[i] for i in drawn], pad_id, side="left")
+        records, own = tuple(self.prompts[i] for i in drawn), share_of(self.accelerator, count)
+        rollout = collect(
+            self.lm, self.reference, self.scorer, input_ids[own].to(self.device), mask[own].to(self.device),
+            config=config, sample=self.sampler, group=group[own].to(self.device), records=records[own],
+            eos_id=self.tokenizer.eos_token_id, pad_id=pad_id, generator=self.generator, uniforms=uniforms[own],
         )  # fmt: skip
+        gathered = {
+            name: gather_rows(self.accelerator, x, padding=pad_id if name == "tokens" else 0)
+            for name, x in vars(rollout).items() if isinstance(x, Tensor)
+        }  # fmt: skip
+        return replace(rollout, **gathered, records=records)
+
+    def own(self, batch: Credited) -> Credited:
+        """The rows of a batch, or a minibatch, that this process computes."""
+        return batch.rows(torch.arange(len(batch))[share_of(self.accelerator, len(batch))])
 
     def credit(self, rollout: Rollout) -> Credited:
         """What each token of these responses is to be credited with: the method's first seam."""
@@ -229,10 +239,9 @@ class Trainer:
 
     def update(self, batch: Credited) -> Updates:
         """Epochs of minibatches over one batch, left early where the target KL is passed."""
-        size = self.config.minibatch_size // self.accelerator.num_processes
         reports: list[Report] = []
         for _ in range(self.config.ppo_epochs):
-            for minibatch in batch.minibatches(size, self.ordering):
+            for minibatch in batch.minibatches(self.config.minibatch_size, self.generator):
                 report, stopped = self._update_on(minibatch)
                 reports.append(report)
                 if stopped:
@@ -244,8 +253,8 @@ class Trainer:
 
         Pieces and processes weigh by their tokens: the result is the whole's gradient.
         """
-        total = self.accelerator.reduce(minibatch.response_mask.sum(), "sum")
-        pieces = list(minibatch.minibatches(self.config.micro_batch_size))
+        processes, total = self.accelerator.num_processes, minibatch.response_mask.sum()
+        pieces = list(self.own(minibatch).minibatches(self.config.micro_batch_size // processes))
         report: Report = {}
         for number, piece in enumerate(pieces, start=1):
             synchronise = contextlib.nullcontext() if number == len(pieces) else self.accelerator.no_sync(self.model)
@@ -253,7 +262,7 @@ class Trainer:
                 with autocast(self.device, self.config.precision):
                     loss, parts = self.losses(piece)
                 share = piece.response_mask.sum() / total
-                self.accelerator.backward(loss * share * self.accelerator.num_processes)
+                self.accelerator.backward(loss * share * processes)
             for name, value in parts.items():
                 report[name] = report.get(name, 0) + value * share
         values = self.accelerator.reduce(torch.stack(list(report.values())), "sum")
@@ -286,7 +295,7 @@ class Trainer:
         for name in (name for name in updates.reports[0] if name != "ratio_error"):
             of = updates.reports[: updates.steps or 1] if name == "grad_norm" else updates.reports
             measured[name] = torch.stack([report[name] for report in of]).mean()
-        values = self.accelerator.reduce(torch.stack([v.detach().float() for v in measured.values()]), "mean").tolist()
+        values = torch.stack([value.detach().float() for value in measured.values()]).tolist()
         metrics = dict(zip(measured, values, strict=True))
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
@@ -312,8 +321,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "kl_coef": self.kl_controller.coef,
-            "sampling": self.sampling.get_state(),
-            "ordering": self.ordering.get_state(),
+            "generator": self.generator.get_state(),
         })  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -321,8 +329,7 @@ class Trainer:
         for part in ("policy", "optimizer", "scheduler"):
             getattr(self, part).load_state_dict(copy.deepcopy(state[part]))
         self.kl_controller.coef, self.iteration = state["kl_coef"], state["iteration"]
-        self.sampling.set_state(state["sampling"])
-        self.ordering.set_state(state["ordering"])
+        self.generator.set_state(state["generator"])
 
 
 class PPOTrainer(Trainer):
@@ -334,7 +341,8 @@ class PPOTrainer(Trainer):
 
     def credit(self, rollout: Rollout) -> RolloutBatch:
         """The critic's values, shaped rewards, GAE, whitening."""
-        return ppo_credit(self.policy, rollout, config=self.config, kl_coef=self.kl_controller.coef)
+        values = gather_rows(self.accelerator, response_values(self.policy, self.own(rollout), self.config))
+        return ppo_credit(rollout, values, config=self.config, kl_coef=self.kl_controller.coef)
 
     def losses(self, batch: RolloutBatch) -> tuple[Tensor, Report]:
         """The PPO loss of these rows with the current policy, and its parts. Means over their real tokens."""

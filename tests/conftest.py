@@ -32,7 +32,7 @@ def tiny_config(architecture: str = "gpt2", *, dropout: float = 0.0, **changes):
 
     names = dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, vocab_size=VOCABULARY, initializer_range=0.3)
     if architecture == "gpt2":
-        size = dict(n_embd=32, n_layer=2, n_head=2, n_positions=CONTEXT)
+        size = dict(n_embd=32, n_layer=2, n_head=2, n_positions=CONTEXT, activation_function="gelu_pytorch_tanh")
         size |= dict(resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
     else:
         size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)

@@ -43,7 +43,7 @@ def test_variance_is_biased():
 def test_whitening_of_each_real_value(shift_mean):
     x, mask = ragged()
     values = [1.0, 2.0, 3.0, 6.0]
-    mean, std = statistics.fmean(values), math.sqrt(statistics.pvariance(values) + 1e-8)
+    mean, std = statistics.fmean(values), math.sqrt(statistics.pvariance(values))
     expected = [(v - mean) / std + (0 if shift_mean else mean) for v in values]
     white = masked_whiten(x, mask, shift_mean=shift_mean)
     torch.testing.assert_close(white[mask], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
@@ -69,9 +69,29 @@ def test_whitening_ignores_scale_and_shift_and_keeps_order():
     assert (masked_whiten(x, mask)[0, :3].diff() > 0).all()
 
 
-def test_epsilon_is_under_the_root():
-    x = torch.tensor([[-1e-4, 1e-4]], dtype=torch.float64)  # a variance of 1e-8, as large as ε
+@pytest.mark.parametrize("size", [2.0**-40, 1.0, 2.0**40])
+def test_epsilon_is_under_the_root_and_relative_to_the_size_of_what_is_whitened(size):
+    spread = 16 * torch.finfo(torch.float64).eps  # a deviation as large as √(ε·mean x²)
+    x = size * torch.tensor([[1 - spread, 1 + spread]], dtype=torch.float64)
     assert masked_whiten(x)[0, 1].item() == pytest.approx(math.sqrt(0.5), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (128, 24), (500, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [0.0, 1e-30, 0.1, 100.1, 1000.1, 12345.678, -6e4])
+def test_equal_values_whiten_to_zero_whatever_their_size(value, dtype, shape):
+    """Where the mean is rounded, what is left over is noise, which is not to be divided by itself."""
+    x = torch.full(shape, value, dtype=dtype)
+    assert masked_whiten(x).abs().max() < 1e-6
+    assert masked_var(x) <= (1e-7 * value) ** 2
+    torch.testing.assert_close(masked_whiten(x, shift_mean=False), x.float() if x.dtype.itemsize == 2 else x)
+
+
+@pytest.mark.parametrize("value", [0.1, 1000.1])
+def test_values_that_differ_by_rounding_alone_are_not_blown_up(value):
+    x = torch.tensor([value, value, value * (1 + 1.2e-7)])  # the third is the next number that float32 has
+    assert x[2] > x[0]
+    assert masked_whiten(x).abs().max() < 0.1
 
 
 def test_constant_batch_whitens_to_zero_or_stays():

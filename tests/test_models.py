@@ -293,6 +293,21 @@ def test_checkpoint_without_a_language_model_head_is_refused(make, make_config, 
         CausalLMWithValueHead.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("written, read", [("gelu_new", "gelu_pytorch_tanh"), ("relu", "relu")])
+def test_a_checkpoints_activation_is_asked_for_by_its_faster_name(written, read, make_lm, tmp_path):
+    """GPT-2's is the same function under either name; the model that the checkpoint came from is left as it was."""
+    lm = make_lm(activation_function=written)
+    lm.save_pretrained(tmp_path)
+    before = [type(module) for module in lm.modules()]
+    loaded = models.load_causal_lm(tmp_path)
+    tokens = torch.tensor([[1, 4, 5, 6]])
+    assert loaded.config.activation_function == read and lm.config.activation_function == written
+    torch.testing.assert_close(loaded(tokens).logits, lm(tokens).logits, atol=1e-5, rtol=1e-5)
+    assert [type(module) for module in lm.modules()] == before
+    loaded.save_pretrained(tmp_path / "again")
+    assert f'"activation_function": "{read}"' in (tmp_path / "again" / "config.json").read_text()
+
+
 def test_language_model_is_no_reward_model(make_lm, tmp_path):
     make_lm().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must hold a reward model; got a checkpoint without score.weight"):

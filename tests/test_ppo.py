@@ -262,9 +262,13 @@ def test_diagnostics_ignore_what_stands_under_the_mask(garbage):
         assert torch.equal(measure(*clean), measure(*dirty))
 
 
-def test_constant_returns_do_not_divide_by_zero():
-    assert explained_variance(torch.ones(2, 2), torch.full((2, 2), 3.0)).item() == 1
-    assert explained_variance(torch.tensor([1.0, 2.0]), torch.zeros(2)).isfinite()
+@pytest.mark.parametrize("size", [0.0, 3.0, 1000.1])
+def test_where_returns_do_not_vary_there_is_nothing_to_explain(size):
+    returns = torch.full((20, 24), size)
+    assert explained_variance(torch.randn(20, 24), returns).item() == 0
+    returns[0, 0] = returns[0, 0].nextafter(torch.tensor(torch.inf))
+    assert explained_variance(torch.ones(20, 24), returns).item() == 0
+    assert explained_variance(torch.ones(2), torch.tensor([1.0, math.nan])).isnan()
 
 
 # --- bad input ---------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Decoding with fixed shapes, uncaptured on the CPU: the same responses as the sampler whose rows leave."""
 
-import math
-
 import pytest
 import torch
 from sampling import EOS, IDS, PAD, generator, repeated, teacher_forced
@@ -11,19 +9,22 @@ from rlhf_lessons import models
 from rlhf_lessons.device import autocast
 from rlhf_lessons.engines import static
 from rlhf_lessons.engines.static import StaticDecoder, StaticSampler
-from rlhf_lessons.models import FastGELU, takes_ready_masks, with_fast_gelu
+from rlhf_lessons.generation import draw_uniforms
+from rlhf_lessons.models import takes_ready_masks
 from rlhf_lessons.rollout import sample_responses
 
-NEVER = dict(eos_id=-1, pad_id=PAD)  # no row ends, so both samplers draw for the same rows
+NEVER = dict(eos_id=-1, pad_id=PAD)  # no row ends
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_same_tokens_and_log_probs_while_no_row_ends(architecture, temperature, make_lm, queries):
+@pytest.mark.parametrize("ids", [NEVER, IDS, IDS | {"eos_id": [EOS, 5]}], ids=["no end", "one end", "two ends"])
+def test_a_seed_draws_the_same_tokens_with_either_sampler(architecture, temperature, ids, make_lm, queries):
     lm, (tokens, mask) = make_lm(architecture), repeated(queries, 10)
-    options = dict(max_new_tokens=9, temperature=temperature, **NEVER)
+    options = dict(max_new_tokens=9, temperature=temperature, **ids)
     dynamic = sample_responses(lm, tokens, mask, generator=generator(), **options)
     static = StaticSampler()(lm, tokens, mask, generator=generator(), **options)
     assert torch.equal(static.tokens, dynamic.tokens) and torch.equal(static.mask, dynamic.mask)
+    assert torch.equal(static.ended, dynamic.ended)
     torch.testing.assert_close(static.log_probs, dynamic.log_probs, atol=1e-5, rtol=0)
 
 
@@ -46,12 +47,12 @@ def test_a_decoder_forgets_the_batch_before(make_lm, queries):
     """The second batch of a decoder, other prompts, equals the first batch of a fresh one."""
     lm, (tokens, mask) = make_lm(), repeated(queries, 4)
     options = dict(max_new_tokens=6, temperature=1.0, **IDS)
-    used = StaticDecoder(lm, *tokens.shape, generator=(draw := generator()), **options)
+    first, second = (draw_uniforms(len(tokens), 6, generator=generator(seed)) for seed in (0, 5))
+    used = StaticDecoder(lm, *tokens.shape, **options)
     with torch.no_grad():
-        used.sample(tokens, mask)
-        draw.manual_seed(5)
-        again = used.sample(tokens.flip(0), mask.flip(0))
-        fresh = StaticDecoder(lm, *tokens.shape, generator=generator(5), **options).sample(tokens.flip(0), mask.flip(0))
+        used.sample(tokens, mask, first)
+        again = used.sample(tokens.flip(0), mask.flip(0), second)
+        fresh = StaticDecoder(lm, *tokens.shape, **options).sample(tokens.flip(0), mask.flip(0), second)
     assert torch.equal(again.tokens, fresh.tokens) and torch.equal(again.log_probs, fresh.log_probs)
     assert torch.equal(again.mask, fresh.mask) and torch.equal(again.ended, fresh.ended)
 
@@ -98,9 +99,7 @@ class Looks(TorchDispatchMode):
 
 @torch.no_grad()
 def test_no_step_reads_a_value_on_the_host(architecture, make_lm, queries):
-    decoder = StaticDecoder(
-        make_lm(architecture), *queries[0].shape, max_new_tokens=5, temperature=1.0, generator=generator(), **IDS
-    )
+    decoder = StaticDecoder(make_lm(architecture), *queries[0].shape, max_new_tokens=5, temperature=1.0, **IDS)
     decoder.read_prompts(*queries)
     with Looks() as looks:
         decoder.step()
@@ -113,7 +112,8 @@ def test_no_step_reads_a_value_on_the_host(architecture, make_lm, queries):
 
 def test_every_step_works_at_the_same_addresses(make_lm, queries):
     """What a graph replays it replays in place: no buffer may be replaced by another."""
-    decoder = StaticDecoder(make_lm(), *queries[0].shape, max_new_tokens=5, temperature=1.0, generator=None, **IDS)
+    decoder = StaticDecoder(make_lm(), *queries[0].shape, max_new_tokens=5, temperature=1.0, **IDS)
+    uniforms = draw_uniforms(len(queries[0]), 5)
 
     def addresses():
         own = {name: value for name, value in vars(decoder).items() if isinstance(value, torch.Tensor)}
@@ -121,9 +121,9 @@ def test_every_step_works_at_the_same_addresses(make_lm, queries):
         return [x.data_ptr() for x in (*own.values(), *cached)]
 
     with torch.no_grad():
-        decoder.sample(*queries)
+        decoder.sample(*queries, uniforms)
         before = addresses()
-        decoder.sample(*queries)
+        decoder.sample(*queries, uniforms)
     assert addresses() == before and len(before) >= 8
 
 
@@ -142,11 +142,11 @@ def test_models_with_windows_or_without_position_ids_keep_the_other_sampler(make
 
 
 def test_a_trainer_learns_the_same_from_either_sampler(make_trainer):
-    """One iteration with each, no row ending: the same batch and the same losses."""
+    """One iteration with each: the same batch and the same losses."""
     results = []
     for sample in (sample_responses, StaticSampler()):
         trainer = make_trainer(max_new_tokens=5)
-        trainer.sampler = lambda *args, sample=sample, **options: sample(*args, **(options | {"eos_id": -1}))
+        trainer.sampler = sample
         results.append((trainer.step(), trainer.batch))
     (dynamic, first), (static, second) = results
     assert torch.equal(first.responses, second.responses)
@@ -158,7 +158,7 @@ def test_a_trainer_learns_the_same_from_either_sampler(make_trainer):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_replayed_graph_gives_the_steps_uncaptured_log_probs(make_lm, queries):
     """On the GPU: recorded log-probabilities of two batches, the second replayed after an update, teacher-forced."""
-    lm, sample, draw = make_lm().cuda(), StaticSampler(), torch.Generator("cuda").manual_seed(0)
+    lm, sample, draw = make_lm().cuda(), StaticSampler(), generator()
     tokens, mask = repeated(queries, 20)
     for _ in range(2):
         responses = sample(lm, tokens.cuda(), mask.cuda(), max_new_tokens=12, generator=draw, **IDS)
@@ -203,31 +203,6 @@ def test_values_alone_are_those_beside_the_logits(architecture, critic, make_pol
         both = policy(*queries, logits_to_keep=keep).values
         torch.testing.assert_close(policy.values(*queries, keep=keep), both, atol=1e-6, rtol=1e-6)
     assert both.shape == (3, 2) and both.abs().min() > 0
-
-
-@pytest.mark.parametrize("written", ["gelu_new", "gelu_pytorch_tanh"])
-def test_the_fast_gelu_is_gpt2s(written, make_lm, queries, tmp_path):
-    plain, fast = make_lm(activation_function=written), with_fast_gelu(make_lm(activation_function=written))
-    tokens, mask = queries
-    assert [type(block.mlp.act).__name__ for block in fast.transformer.h] == ["FastGELU"] * 2
-    torch.testing.assert_close(fast(tokens).logits, plain(tokens).logits, atol=1e-5, rtol=1e-5)
-    with torch.no_grad():
-        torch.testing.assert_close(fast(tokens).logits, plain(tokens).logits, atol=1e-5, rtol=1e-5)
-    fast.save_pretrained(tmp_path)
-    assert f'"activation_function": "{written}"' in (tmp_path / "config.json").read_text()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_fast_gelu_has_the_values_of_its_definition(dtype):
-    x = torch.linspace(-30, 30, 2001, dtype=torch.float64).to(dtype)
-    exact = x.double() / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x.double() + 0.044715 * x.double() ** 3)))
-    before = x.clone()
-    with torch.no_grad():
-        y = FastGELU()(x)
-    assert y.dtype == dtype and torch.equal(x, before)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(y.double(), exact, atol=4 * eps, rtol=2 * eps)
-    torch.testing.assert_close(FastGELU()(x).double(), exact, atol=4 * eps, rtol=2 * eps)
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -1,8 +1,8 @@
 """Sampling with fixed shapes, for a GPU: nothing is read by the host between the first token and the last.
 
-`rollout.sample_responses` lets ended rows leave the batch, for which it must look at every step whether any has ended.
-On a GPU that look costs more than the rows: the host waits for the device and then the device for the host. Here all
-rows take all steps and ended ones write padding, so that a step is the same work at the same addresses every time,
+`generation.sample_responses` lets ended rows leave the batch, for which it must look at every step whether any has
+ended. On a GPU that look costs more than the rows: the host waits for the device, then the device for the host. Here
+all rows take all steps and ended ones write padding, so that a step is the same work at the same addresses every time,
 captured once as a CUDA graph and replayed. Without a GPU the same step runs uncaptured, which is how it is tested.
 """
 
@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_lessons.generation import Responses, Sampler, at_temperature, sample_responses, sample_tokens
+from rlhf_lessons.generation import (
+    Responses,
+    Sampler,
+    at_temperature,
+    draw_uniforms,
+    sample_responses,
+    sample_tokens,
+)
 from rlhf_lessons.masking import position_ids
 from rlhf_lessons.models import ready_mask, takes_ready_masks
 from rlhf_lessons.policy_gradient import action_log_probs
@@ -24,25 +31,30 @@ WARM_UP_STEPS = 2  # run before capture: libraries allocate their workspaces in 
 class StaticSampler(Sampler):
     """Takes the place of `sample_responses` on a GPU; keeps a decoder for each shape it has met.
 
-    Draws from the same distribution, but for ended rows, too, so a seed gives other tokens once a row has ended.
-    Models that the fixed step does not fit (no position ids, windowed attention) are left to `sample_responses`.
+    The same uniform numbers give the same tokens. Models that the fixed step does not fit (no position ids, windowed
+    attention) are left to `sample_responses`.
     """
 
     def __init__(self) -> None:
         self.decoders: dict[tuple, StaticDecoder] = {}
 
     @torch.no_grad()
-    def __call__(self, lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Responses:
+    def __call__(
+        self, lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, generator: torch.Generator | None = None,
+        uniforms: Tensor | None = None, **options: Any,
+    ) -> Responses:  # fmt: skip
         """Arguments and result as those of `sample_responses`."""
+        if uniforms is None:
+            uniforms = draw_uniforms(len(input_ids), options["max_new_tokens"], generator=generator)
         if not takes_ready_masks(lm):
-            return sample_responses(lm, input_ids, attention_mask, **options)
+            return sample_responses(lm, input_ids, attention_mask, uniforms=uniforms, **options)
         extra = -input_ids.shape[1] % PROMPT_MULTIPLE
         input_ids = F.pad(input_ids, (extra, 0), value=options["pad_id"])
         attention_mask = F.pad(attention_mask, (extra, 0))
-        key = (lm, input_ids.shape, *sorted(options.items()))
+        key = (lm, input_ids.shape, repr(sorted(options.items())))
         if key not in self.decoders:
             self.decoders[key] = StaticDecoder(lm, *input_ids.shape, **options)
-        return self.decoders[key].sample(input_ids, attention_mask.bool())
+        return self.decoders[key].sample(input_ids, attention_mask.bool(), uniforms)
 
 
 class StaticDecoder:
@@ -50,12 +62,12 @@ class StaticDecoder:
 
     def __init__(
         self, lm: nn.Module, batch: int, prompt_length: int, *, max_new_tokens: int, eos_id: int | list[int],
-        pad_id: int, temperature: float = 1.0, generator: torch.Generator | None = None,
+        pad_id: int, temperature: float = 1.0,
     ) -> None:  # fmt: skip
         from transformers import StaticCache
 
         device, length = lm.device, prompt_length + max_new_tokens
-        self.lm, self.prompt_length, self.temperature, self.generator = lm, prompt_length, temperature, generator
+        self.lm, self.prompt_length, self.temperature = lm, prompt_length, temperature
         self.eos_id, self.pad_id = torch.tensor(eos_id, device=device), pad_id
         self.cache = StaticCache(config=lm.config, max_cache_len=length)
         self.visible = torch.zeros(batch, 1, 1, length, dtype=torch.bool, device=device)
@@ -65,11 +77,13 @@ class StaticDecoder:
         self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
         self.tokens = torch.full((batch, max_new_tokens), pad_id, device=device)
         self.mask = torch.zeros_like(self.tokens, dtype=torch.bool)
+        self.uniforms = torch.zeros(batch, max_new_tokens, device=device)
         self.log_probs = torch.zeros_like(self.tokens, dtype=torch.promote_types(lm.dtype, torch.float32))
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def sample(self, input_ids: Tensor, attention_mask: Tensor) -> Responses:
+    def sample(self, input_ids: Tensor, attention_mask: Tensor, uniforms: Tensor) -> Responses:
         """Prompts (B, P), padded on the left -> responses, cut to the longest (the one look at the device)."""
+        self.uniforms.copy_(uniforms)
         self.read_prompts(input_ids, attention_mask)
         steps = self.tokens.shape[1] - 1
         if input_ids.device.type == "cuda" and steps > WARM_UP_STEPS:
@@ -112,7 +126,8 @@ class StaticDecoder:
 
     def draw(self, logits: Tensor) -> None:
         """Sample a token in every row, record it where the row goes on, and make it visible to the next step."""
-        chosen = torch.where(self.ended, self.pad_id, sample_tokens(logits, self.generator))
+        u = self.uniforms.index_select(1, self.t).squeeze(1)
+        chosen = torch.where(self.ended, self.pad_id, sample_tokens(logits, u))
         log_probs = torch.where(self.ended, 0, action_log_probs(logits, chosen))
         self.tokens.index_copy_(1, self.t, chosen[:, None])
         self.mask.index_copy_(1, self.t, ~self.ended[:, None])
@@ -139,8 +154,6 @@ class StaticDecoder:
                     self.step()
             torch.cuda.current_stream(device).wait_stream(aside)
             self.graph = torch.cuda.CUDAGraph()
-            if self.generator is not None:
-                self.graph.register_generator_state(self.generator)
             with torch.cuda.graph(self.graph):
                 self.step()
         return WARM_UP_STEPS
