@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from types import SimpleNamespace
+import sys
 
 import numpy as np
 import pytest
@@ -10,8 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rlhf_lessons import advantages, checks, importance, kl, models, policy_gradient, ppo, preferences
-from rlhf_lessons.checks import lesson_00, lesson_09, lesson_10
+from rlhf_lessons import (
+    advantages,
+    baselines,
+    checks,
+    importance,
+    kl,
+    models,
+    policy_gradient,
+    ppo,
+    preferences,
+    rollout,
+)
+from rlhf_lessons.checks import lesson_00, lesson_10
 from rlhf_lessons.checks._harness import Case, Check, Wrong
 
 FUNCTION_CHECKS = {name: c for name in checks.__all__ if isinstance(c := getattr(checks, name), Check)}
@@ -303,7 +314,7 @@ RIGHT = {
     "sampled_kl": [kl.sampled_kl, loop_sampled_kl, vector_sampled_kl],
     "shaped_rewards": [kl.shaped_rewards, loop_shaped_rewards, vector_shaped_rewards],
     "late_score": [kl.shaped_rewards, loop_shaped_rewards, vector_shaped_rewards],
-    "value_head": [PlainValueHead, LinearValueHead],
+    "value_head": [models.ValueHead, PlainValueHead, LinearValueHead],
     "left_padding": [repaired_logits, unpadded_logits],
 }
 
@@ -720,33 +731,39 @@ def test_the_checks_leave_the_global_generator_alone():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-class GivenHidden(nn.Module):
-    """A language model whose last hidden states are given: what is left of the package's policy is its value head."""
-
-    def __init__(self, hidden):
-        super().__init__()
-        self.hidden, self.anchor = hidden, nn.Parameter(torch.zeros(()))
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=hidden.shape[-1]))
-
-    def get_output_embeddings(self):
-        return self.anchor
-
-    def forward(self, **_):
-        return SimpleNamespace(logits=self.hidden, hidden_states=[None, self.hidden])
+# The package's function by which a check judges, where the check's own reference is not it but calls it.
+JUDGES = {
+    "shift_by_one": rollout.reference_logits,
+    "last_real_token": models.RewardModel.forward,
+    "gradient_through_return": policy_gradient.policy_gradient_loss,
+    "peeking_baseline": baselines.leave_one_out_baseline,
+    "next_episode": advantages.gae,
+    "max_for_min": ppo.clipped_policy_loss,
+    "value_head": models.ValueHead.forward,
+    "left_padding": rollout.reference_logits,
+}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_value_head_of_the_check_is_the_packages(dtype):
-    hidden = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
-    policy, own = models.CausalLMWithValueHead(GivenHidden(hidden)), lesson_09.ValueHead(4)
-    assert not any(p.any() for p in policy.value_head.parameters())
-    nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(1))
-    nn.init.constant_(policy.value_head.bias, 0.3)
-    own.linear.load_state_dict(policy.value_head.state_dict())
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, got = policy(torch.ones(2, 3), torch.ones(2, 3)).values, own(hidden)
-    assert expected.dtype == got.dtype == torch.float32 and got.any()
-    torch.testing.assert_close(got, expected)
+def test_every_check_but_one_judges_by_the_package():
+    """What support is stands in no function of the package."""
+    own = [
+        name for name, check in FUNCTION_CHECKS.items() if check.reference.__module__.startswith("rlhf_lessons.checks")
+    ]
+    assert set(own) == {*JUDGES, "missing_support"}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_check_judges_by_the_packages_function(name):
+    """It runs on every input, and not only where it happens to be called once."""
+    check, ran = FUNCTION_CHECKS[name], set()
+    for case in check.cases():
+        ran.clear()
+        sys.setprofile(lambda frame, event, _: ran.add(frame.f_code))
+        try:
+            check.observe(check.reference, case)
+        finally:
+            sys.setprofile(None)
+        assert JUDGES[name].__code__ in ran, case.says
 
 
 # --- Lesson 00: no code ------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """Lesson 01: log-probabilities of the tokens that were chosen."""
 
+from types import SimpleNamespace
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lessons import policy_gradient
 from rlhf_lessons.checks._harness import Case, Check, Wrong
 from rlhf_lessons.checks._inputs import Draw, transposed
+from rlhf_lessons.rollout import reference_logits
 
 
 def picked(values: Tensor, actions: Tensor) -> Tensor:
@@ -95,9 +98,24 @@ action_log_probs = Check(
 # --- Bug hunt: the shift by one ----------------------------------------------------------------
 
 
+class GivenLogits(nn.Module):
+    """A language model whose logits are given: what is left of `reference_logits` is the shift."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, input_ids: Tensor, *, logits_to_keep: int, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits[:, : input_ids.shape[1]][:, -logits_to_keep:])
+
+
 def response_log_probs(logits: Tensor, tokens: Tensor, prompt_length: int) -> Tensor:
     """Log-probabilities of the response: logits at P−1 … L−2 belong to the tokens at P … L−1."""
-    return policy_gradient.action_log_probs(logits[:, prompt_length - 1 : -1], tokens[:, prompt_length:])
+    response = tokens[:, prompt_length:]
+    of_response = reference_logits(
+        GivenLogits(logits), tokens, torch.ones_like(tokens), length=response.shape[1], temperature=1.0
+    )
+    return policy_gradient.action_log_probs(of_response, response)
 
 
 def shift_cases() -> list[Case]:

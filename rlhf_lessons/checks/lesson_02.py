@@ -1,14 +1,16 @@
 """Lesson 02: the loss of a reward model, and where its score is read."""
 
 import math
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lessons import preferences
 from rlhf_lessons.checks._harness import Case, Check, Wrong
 from rlhf_lessons.checks._inputs import Draw, prefix_mask, under_padding
+from rlhf_lessons.models import RewardModel
 
 # --- Exercise: bradley_terry_loss --------------------------------------------------------------
 
@@ -106,10 +108,25 @@ bradley_terry_loss = Check(
 # --- Bug hunt: the score of the last real token ------------------------------------------------
 
 
+class GivenScores(nn.Module):
+    """A classifier whose score of each token is given: what is left of a reward model is where it reads."""
+
+    def __init__(self, token_scores: Tensor) -> None:
+        super().__init__()
+        self.token_scores, self.score = token_scores, nn.Identity()
+        self.config = SimpleNamespace(num_labels=1, pad_token_id=0)
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.token_scores[..., None])
+
+
 def last_real_score(token_scores: Tensor, mask: Tensor) -> Tensor:
     """The score at each row's last real token, wherever the padding is: (B, L) -> (B,)."""
-    steps = torch.arange(mask.shape[1])
-    return token_scores.gather(1, torch.where(mask, steps, -1).amax(1, keepdim=True)).squeeze(1)
+    return RewardModel(GivenScores(token_scores))(mask, mask)
 
 
 def last_token_cases() -> list[Case]:

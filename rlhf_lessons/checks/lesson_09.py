@@ -1,6 +1,6 @@
 """Lesson 09: the value head, and padding on the left."""
 
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,24 +8,12 @@ from torch import Tensor, nn
 from rlhf_lessons.checks._harness import Case, Check, Refused, Wrong
 from rlhf_lessons.checks._inputs import Draw, prefix_mask, transposed
 from rlhf_lessons.masking import position_ids
+from rlhf_lessons.models import ValueHead, random_gpt2
+from rlhf_lessons.rollout import reference_logits
 
 # --- Exercise: the value head ------------------------------------------------------------------
 
 NEW, TRAINED, AUTOCAST = "a new head", "a trained head", "under autocast to bfloat16"
-
-
-class ValueHead(nn.Module):
-    """V = w·h + b, in float32 at least, starting at 0: what `CausalLMWithValueHead` does to its last hidden state."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.linear(hidden.float()).squeeze(-1)
 
 
 def linear_parameters(head: nn.Module, hidden_size: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -52,7 +40,7 @@ def check_start(weight: Tensor, bias: Tensor) -> None:
         )
 
 
-def head_function(head_class):
+def head_function(head_class: Callable[[int], nn.Module]) -> Callable[..., Tensor]:
     """The learner's module as a function of the hidden states and, for a trained head, of its weight and bias."""
 
     def values_of(hidden, weight, bias, step):
@@ -98,14 +86,14 @@ def head_cases() -> list[Case]:
     ]
 
 
-class MisreadHead(ValueHead):
+class MisreadHead(nn.Module):
     """A value head with one thing read wrongly."""
 
     start = (0.0, 0.0)  # of weight and bias
     has_bias, cast, autocast_off = True, True, True
 
     def __init__(self, hidden_size: int) -> None:
-        super().__init__(hidden_size)
+        super().__init__()
         self.linear = nn.Linear(hidden_size, 1, bias=self.has_bias)
         nn.init.constant_(self.linear.weight, self.start[0])
         if self.has_bias:
@@ -125,7 +113,7 @@ class MisreadHead(ValueHead):
             return self.after(self.linear(self.before(hidden)))
 
 
-def misread(**changes) -> type[MisreadHead]:
+def misread(**changes: object) -> type[MisreadHead]:
     """A MisreadHead with these attributes or methods."""
     return type("MisreadHead", (MisreadHead,), changes)
 
@@ -217,47 +205,16 @@ value_head = Check(
 # --- Bug hunt: left padding without position ids -----------------------------------------------
 
 
-class ToyLM(nn.Module):
-    """A causal attention layer over tokens and absolute positions, called like a Hugging Face language model.
-
-    Without `position_ids` it counts positions from the first column, padded or not, as those models do.
-    """
-
-    def __init__(self, vocab_size: int = 7, width: int = 8, context: int = 16, seed: int = 911) -> None:
-        super().__init__()
-        draw = Draw(seed, torch.float32)
-        self.words, self.places = draw.normal(vocab_size, width), draw.normal(context, width)
-        self.mix = draw.normal(4, width, width, scale=width**-0.5)
-
-    def forward(self, input_ids, attention_mask=None, position_ids=None, **_):
-        steps = torch.arange(input_ids.shape[1])
-        position_ids = steps.expand_as(input_ids) if position_ids is None else position_ids
-        x = self.words[input_ids] + self.places[check_positions(position_ids, len(self.places))]
-        visible = steps[:, None] >= steps
-        if attention_mask is not None:
-            visible = visible & attention_mask.bool()[:, None, :]
-        query, key, value = (x @ matrix for matrix in self.mix[:3])
-        scores = (query @ key.transpose(1, 2)).masked_fill(~visible, -1e4)
-        x = x + scores.softmax(-1) @ value
-        return SimpleNamespace(logits=(x @ self.mix[3]) @ self.words.T)
-
-
-def check_positions(position_ids: Tensor, context: int) -> Tensor:
-    """position_ids, or IndexError as an embedding would raise it."""
-    if position_ids.min() < 0 or position_ids.max() >= context:
-        raise IndexError("position_ids: index out of range in self")
-    return position_ids.long()
-
-
-def response_logits(lm, prompt_ids, prompt_mask, responses, response_mask) -> Tensor:
+def response_logits(
+    lm: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, responses: Tensor, response_mask: Tensor
+) -> Tensor:
     """Logits (B, T, V) that the response was drawn from, of prompts padded on the left."""
     attention_mask = torch.cat([prompt_mask, response_mask], dim=1)
     tokens = torch.cat([prompt_ids, responses], dim=1)
-    logits = lm(input_ids=tokens, attention_mask=attention_mask, position_ids=position_ids(attention_mask)).logits
-    return logits[:, prompt_ids.shape[1] - 1 : -1]
+    return reference_logits(lm, tokens, attention_mask, length=responses.shape[1], temperature=1.0)
 
 
-def on_real_tokens(function):
+def on_real_tokens(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The learner's function with its logits zeroed where the response is padding: there anything may stand."""
 
     def logits_of(lm, prompt_ids, prompt_mask, responses, response_mask):
@@ -270,7 +227,9 @@ def on_real_tokens(function):
 
 
 def padding_cases() -> list[Case]:
-    d, lm = Draw(921), ToyLM()
+    d = Draw(921)
+    # Its weights are spread ten times as far as usual: else a wrong position would hardly change what it says.
+    lm = random_gpt2(seed=911, vocab_size=7, n_positions=16, n_embd=8, n_layer=1, n_head=2, initializer_range=0.2)
 
     def case(says: str, prompts: list[int], responses: list[int], steps: int = 3) -> Case:
         prompt_mask = prefix_mask(prompts, max(prompts)).flip(1)
@@ -289,7 +248,9 @@ def padding_cases() -> list[Case]:
     ]
 
 
-def misplaced(positions, *, sees=lambda mask: mask):
+def misplaced(
+    positions: Callable[[Tensor], Tensor | None], *, sees: Callable[[Tensor], Tensor | None] = lambda mask: mask
+) -> Callable[..., Tensor]:
     """Logits with position ids, or the attention mask, made in another way from the attention mask."""
 
     def wrong_logits(lm, prompt_ids, prompt_mask, responses, response_mask):
@@ -335,7 +296,7 @@ left_padding = Check(
         ),
         Wrong(
             "the attention mask dropped",
-            misplaced(lambda mask: (mask.long().cumsum(1) - 1).clamp(min=0), sees=lambda mask: None),
+            misplaced(position_ids, sees=lambda mask: None),
             "The positions are right, but the attention mask is not passed any more: the tokens now attend to padding.",
         ),
         Wrong(
