@@ -1,40 +1,86 @@
-"""Five faults that PPO runs really have, each planted in a small run and left to show itself in the metrics.
+"""Five faults that PPO runs really have, each planted in `PPOTrainer` and left to show itself in the metrics.
 
-The world is a text of at most STEPS tokens from WORDS words, 0 being EOS. The policy is a table: logits of the next
-word given the last one. The critic is linear in what has been written so far. The proxy score adds up the words'
-sentiment; the gold score, which nothing is trained on, takes the repeated words off. Every run starts from the same
-reference, with the same seed, and uses the package's own functions. Only the planted line differs.
+The world is a text of at most ten tokens of six, one of them EOS; the policy is a GPT-2 of a single layer. The proxy
+score adds up the tokens' sentiment; the gold score, which nothing is trained on, takes the repeated ones off. Every run
+starts from the same reference, with the same seed. A fault overrides one seam of the trainer, so that it does what one
+wrong line in the package would do.
 """
 
-from dataclasses import dataclass, field
-from functools import cache
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_lessons.advantages import gae
-from rlhf_lessons.importance import importance_ratio
-from rlhf_lessons.kl import sampled_kl, shaped_rewards
-from rlhf_lessons.masking import masked_mean, masked_whiten
-from rlhf_lessons.policy_gradient import action_log_probs, entropy
-from rlhf_lessons.ppo import clip_fraction, clipped_policy_loss, clipped_value_loss, explained_variance, ppo_loss
+from rlhf_lessons.generation import Responses, Samples, sample_responses
+from rlhf_lessons.kl import shaped_rewards
+from rlhf_lessons.models import CausalLMWithValueHead, random_gpt2
+from rlhf_lessons.ppo import ppo_loss
+from rlhf_lessons.rollout import Credited, Rollout, RolloutBatch, collect
+from rlhf_lessons.scoring import Scorer
+from rlhf_lessons.trainer import PPOConfig, PPOTrainer, Report, Trainer
 
-WORDS, STEPS, EOS = 6, 10, 0
-SENTIMENT = torch.tensor([0.0, 1.0, 0.5, 0.0, -0.5, -1.0])
-ITERATIONS, BATCH, EPOCHS = 24, 96, 4
-KL_COEF, ENT_COEF, GAMMA, LAM, CLIP = 0.4, 0.6, 1.0, 0.95, 0.2
+EOS = 1
+TOKENIZER = SimpleNamespace(bos_token_id=None, eos_token_id=EOS, pad_token_id=0)  # all that a trainer asks of it
+SENTIMENT = torch.tensor([0.0, 0.0, 1.0, 0.5, -0.5, -1.0])  # of each token
+CONFIG = PPOConfig(
+    num_iterations=24, batch_size=96, minibatch_size=96, max_new_tokens=10, learning_rate=1e-2, lr_schedule="constant",
+    kl_coef=0.4, ent_coef=0.6, vf_coef=0.5, missing_eos_penalty=0.0, device="cpu", seed=7,
+)  # fmt: skip
+
+
+# --- The faults, each where the trainer lets a method differ -----------------------------------
+
+
+def misread_credit(trainer: PPOTrainer, rollout: Rollout, **misread: Tensor) -> RolloutBatch:
+    """PPO's credit for facts some of which are misread; the batch, and so its metrics, keep the true ones."""
+    credited = PPOTrainer.credit(trainer, replace(rollout, **misread))
+    return replace(credited, **{name: getattr(rollout, name) for name in misread})
+
+
+class ScoreLost(PPOTrainer):
+    def credit(self, rollout: Rollout) -> RolloutBatch:
+        # One step after the last token is padding, where the mask takes the score away: as if there were none.
+        return misread_credit(self, rollout, scores=torch.zeros_like(rollout.scores))
+
+
+def sample_cold(lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Responses:
+    """The trainer's sampler, which does not heed its temperature."""
+    return sample_responses(lm, input_ids, attention_mask, **options | {"temperature": 0.7})
+
+
+class CriticNotTrained(PPOTrainer):
+    def default_optimizer(self, policy: nn.Module) -> torch.optim.Optimizer:
+        return super().default_optimizer(policy.lm)
+
+
+class EntropySign(PPOTrainer):
+    def policy_losses(self, log_probs: Tensor, logits: Tensor, batch: Credited) -> tuple[Tensor, Tensor, Report]:
+        policy_loss, mean_entropy, report = super().policy_losses(log_probs, logits, batch)
+        return policy_loss, -mean_entropy, report
+
+
+class KLSign(PPOTrainer):
+    def credit(self, rollout: Rollout) -> RolloutBatch:
+        # The other way round the difference of the log-probabilities has the other sign.
+        return misread_credit(self, rollout, log_probs=rollout.ref_log_probs, ref_log_probs=rollout.log_probs)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A planted fault: what it is, how it shows, and the line that it changes."""
+    """A planted fault: what it is, how it shows, and the line of the package that it stands for."""
 
     name: str
     says: str
     symptom: str  # "you would see ..."
+    where: Callable[..., Any]  # the function that the line is in
     right: str
     planted: str
+    trainer: Callable[..., PPOTrainer]  # does what the planted line would do
 
 
 FAULTS = {
@@ -44,148 +90,79 @@ FAULTS = {
             "score_lost",
             "the score is put one step late, on padding, and masked away",
             "a score that stays where it began, with a KL near 0: nothing pays the policy for moving",
-            "last = mask.sum(dim=1) - 1",
-            "last = mask.sum(dim=1)",
+            shaped_rewards,
+            "last = torch.where(mask, steps, -1).amax(dim=1, keepdim=True)",
+            "last = torch.where(mask, steps, -1).amax(dim=1, keepdim=True) + 1",
+            ScoreLost,
         ),
         Fault(
             "wrong_temperature",
             "sampled at temperature 0.7, scored at 1",
             "a ratio that is not 1 before the first update (first_ratio_error), in every iteration",
-            "logits = table[last]",
-            "logits = table[last] / 0.7, in sampling alone",
+            collect,
+            "temperature=config.temperature, **options,",
+            "temperature=0.7, **options,",
+            functools.partial(PPOTrainer, sampler=sample_cold),
         ),
         Fault(
             "critic_not_trained",
             "the optimiser was not given the critic's parameters",
             "an explained variance of exactly 0 to the end, while the score rises all the same",
-            "Adam([*policy.parameters(), *critic.parameters()])",
-            "Adam([*policy.parameters()])",
+            Trainer.default_optimizer,
+            "policy.parameters(), lr=self.config.learning_rate, eps=1e-5, weight_decay=0.0, fused=fused",
+            "policy.lm.parameters(), lr=self.config.learning_rate, eps=1e-5, weight_decay=0.0, fused=fused",
+            CriticNotTrained,
         ),
         Fault(
             "entropy_sign",
             "the entropy is added to the loss instead of subtracted",
             "an entropy that falls almost to 0 within ten iterations: the policy writes one text only",
-            "loss = policy_loss + vf_coef * value_loss - ent_coef * entropy",
-            "loss = policy_loss + vf_coef * value_loss + ent_coef * entropy",
+            ppo_loss,
+            "return policy_loss + vf_coef * value_loss - ent_coef * entropy",
+            "return policy_loss + vf_coef * value_loss + ent_coef * entropy",
+            EntropySign,
         ),
         Fault(
             "kl_sign",
             "the KL penalty is added to the reward instead of subtracted",
             "a reward above the score, and a KL that climbs beyond that of a healthy run",
-            "rewards = -kl_coef * kl",
-            "rewards = +kl_coef * kl",
+            shaped_rewards,
+            "rewards = -kl_coef * kl + torch.where(steps == last, scores[:, None], 0)",
+            "rewards = +kl_coef * kl + torch.where(steps == last, scores[:, None], 0)",
+            KLSign,
         ),
     )
 }
 
 
-@dataclass
-class ToyRun:
-    """One PPO run on the toy world, with at most one fault in it."""
-
-    fault: str | None = None
-    table: Tensor = field(init=False)
-    critic: nn.Linear = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(7)
-        self.reference = 0.7 * torch.randn(WORDS + 1, WORDS, generator=self.generator)
-        self.table = self.reference.clone().requires_grad_(True)
-        self.critic = nn.utils.skip_init(nn.Linear, WORDS + STEPS, 1)
-        nn.init.zeros_(self.critic.weight)
-        nn.init.zeros_(self.critic.bias)
-        trained = [self.table] if self.fault == "critic_not_trained" else [self.table, *self.critic.parameters()]
-        self.optimizer = torch.optim.Adam(trained, lr=0.08)
-
-    @torch.no_grad()
-    def sample(self) -> tuple[Tensor, Tensor]:
-        """BATCH texts: tokens (B, T), mask (B, T)."""
-        last, alive, tokens, mask = torch.full((BATCH,), WORDS), torch.ones(BATCH, dtype=torch.bool), [], []
-        for _ in range(STEPS):
-            logits = self.table[last] / self.temperature(sampling=True)
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(1)
-            last = torch.where(alive, drawn, EOS)
-            tokens.append(last)
-            mask.append(alive)
-            alive = alive & (last != EOS)
-        return torch.stack(tokens, 1), torch.stack(mask, 1)
-
-    def temperature(self, *, sampling: bool) -> float:
-        """1 everywhere, but for the fault that samples at another one."""
-        return 0.7 if sampling and self.fault == "wrong_temperature" else 1.0
-
-    def logits(self, table: Tensor, tokens: Tensor, *, sampling: bool = False) -> Tensor:
-        """(B, T, V): what each token was drawn from."""
-        before = torch.cat([torch.full_like(tokens[:, :1], WORDS), tokens[:, :-1]], dim=1)
-        return table[before] / self.temperature(sampling=sampling)
-
-    def values(self, tokens: Tensor) -> Tensor:
-        """(B, T): the critic's, from the words so far and the number of the step."""
-        written = F.one_hot(tokens, WORDS).cumsum(1) - F.one_hot(tokens, WORDS)
-        steps = torch.eye(STEPS).expand(len(tokens), -1, -1)
-        return self.critic(torch.cat([written.float(), steps], dim=-1)).squeeze(-1)
-
-    def rewards(self, scores: Tensor, kl: Tensor, mask: Tensor) -> Tensor:
-        """Shaped rewards (B, T), as the fault has it."""
-        if self.fault == "kl_sign":
-            return shaped_rewards(scores, -kl, mask, kl_coef=KL_COEF)
-        if self.fault == "score_lost":
-            last = mask.sum(dim=1, keepdim=True)  # one too many
-            late = torch.where(torch.arange(STEPS) == last, scores[:, None], 0)
-            return torch.where(mask, -KL_COEF * kl + late, 0)
-        return shaped_rewards(scores, kl, mask, kl_coef=KL_COEF)
-
-    def step(self) -> dict[str, float]:
-        """One iteration; returns its metrics, named as the trainer names them."""
-        tokens, mask = self.sample()
-        with torch.no_grad():
-            old = action_log_probs(self.logits(self.table, tokens, sampling=True), tokens)
-            kl = sampled_kl(old, action_log_probs(self.logits(self.reference, tokens), tokens), kind="k1")
-            kl, values = torch.where(mask, kl, 0), self.values(tokens)
-            proxy = torch.where(mask, SENTIMENT[tokens], 0).sum(1)
-            repeats = ((tokens[:, 1:] == tokens[:, :-1]) & mask[:, 1:]).sum(1)
-            rewards = self.rewards(proxy, kl, mask)
-            advantages, returns = gae(rewards, values, mask, gamma=GAMMA, lam=LAM)
-            advantages = masked_whiten(advantages, mask)
-        reports = [self.update(tokens, mask, old, values, advantages, returns) for _ in range(EPOCHS)]
-        metrics = {name: sum(report[name] for report in reports) / EPOCHS for name in reports[0]}
-        measured = {
-            "score": proxy.mean(),
-            "gold": (proxy - repeats).mean(),
-            "kl": kl.sum(1).mean(),
-            "reward": rewards.sum(1).mean(),
-            "explained_variance": explained_variance(values, returns, mask),
-            "response_length": mask.sum(1).float().mean(),
-        }
-        first = {"first_ratio_error": reports[0]["ratio_error"]}
-        return metrics | {name: value.item() for name, value in measured.items()} | first
-
-    def update(self, tokens, mask, old, values, advantages, returns) -> dict[str, float]:
-        """One optimiser step on the whole batch."""
-        logits = self.logits(self.table, tokens)
-        log_probs = action_log_probs(logits, tokens)
-        policy_loss = clipped_policy_loss(log_probs, old, advantages, mask, clip_eps=CLIP)
-        value_loss = clipped_value_loss(self.values(tokens), values, returns, mask, clip_eps=CLIP)
-        mean_entropy = masked_mean(entropy(logits), mask)
-        ent_coef = -ENT_COEF if self.fault == "entropy_sign" else ENT_COEF
-        loss = ppo_loss(policy_loss, value_loss, mean_entropy, vf_coef=0.5, ent_coef=ent_coef)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        ratio = importance_ratio(log_probs, old).detach()
-        report = {
-            "policy_loss": policy_loss,
-            "value_loss": value_loss,
-            "entropy": mean_entropy,
-            "approx_kl": masked_mean(sampled_kl(old, log_probs, kind="k3"), mask),
-            "clip_fraction": clip_fraction(ratio, mask, clip_eps=CLIP, advantages=advantages),
-            "ratio_error": masked_mean((ratio - 1).abs(), mask),
-        }
-        return {name: value.item() for name, value in report.items()}
+# --- The run -----------------------------------------------------------------------------------
 
 
-@cache
+class Proxy(Scorer):
+    """What the runs are trained on: the sum of the tokens' sentiment."""
+
+    def __call__(self, samples: Samples) -> Tensor:
+        return torch.where(samples.response_mask, SENTIMENT[samples.responses], 0).sum(dim=1)
+
+
+def add_gold(step: int, metrics: dict[str, float], batch: Rollout) -> None:
+    """What they are not trained on: the proxy score less the tokens that repeat the one before."""
+    repeats = (batch.responses[:, 1:] == batch.responses[:, :-1]) & batch.response_mask[:, 1:]
+    metrics["gold"] = (batch.scores - repeats.sum(dim=1)).mean().item()
+
+
+def run_toy(make_trainer: Callable[..., PPOTrainer] = PPOTrainer) -> list[dict[str, float]]:
+    """The metrics of a whole run, iteration by iteration."""
+    reference = random_gpt2(
+        seed=CONFIG.seed, vocab_size=len(SENTIMENT), n_positions=16, n_embd=16, n_layer=1, n_head=2,
+        initializer_range=0.1, bos_token_id=EOS, eos_token_id=EOS,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):  # a new head's weights are drawn before they are set to 0
+        policy = CausalLMWithValueHead(copy.deepcopy(reference))
+    return make_trainer(CONFIG, policy, reference, Proxy(), [""], TOKENIZER).train(add_gold)
+
+
+@functools.cache
 def toy_history(fault: str | None) -> tuple[dict[str, float], ...]:
-    """The metrics of a whole run, iteration by iteration; None is the healthy one."""
-    run = ToyRun(fault)
-    return tuple(run.step() for _ in range(ITERATIONS))
+    """The metrics of the run with this fault in it; None is the healthy one."""
+    return tuple(run_toy(FAULTS[fault].trainer if fault else PPOTrainer))

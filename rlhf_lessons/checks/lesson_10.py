@@ -87,7 +87,7 @@ TUNED_BETA = (
 )
 
 
-def tuned_beta(history, *, gold_bar: float = 1.0, max_kl: float = 20.0) -> None:
+def tuned_beta(history: Sequence[dict[str, float]], *, gold_bar: float = 1.0, max_kl: float = 20.0) -> None:
     """Lesson 10: a run that ends with the gold reward above a bar and the KL below a limit.
 
     history: the metrics of one run, a dict per iteration with score, gold and kl (nats per response), as
@@ -108,7 +108,7 @@ def tuned_beta(history, *, gold_bar: float = 1.0, max_kl: float = 20.0) -> None:
     print(CORRECT)
 
 
-def check_history(history) -> None:
+def check_history(history: object) -> None:
     """Raise AssertionError unless this is a run's metrics, long enough to have an end."""
     if not isinstance(history, list | tuple) or not all(isinstance(step, dict) for step in history):
         raise AssertionError(f"A run's history is wanted, a list of dicts; got {type(history).__name__}.")
