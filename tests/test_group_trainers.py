@@ -154,7 +154,7 @@ def test_a_state_is_a_copy_that_later_steps_leave_alone():
     trainer.step()
     for name, value in kept["policy"].items():
         assert torch.equal(state["policy"][name], value)
-    assert state["iteration"] == 1 and torch.equal(state["sampling"], kept["sampling"])
+    assert state["iteration"] == 1 and torch.equal(state["generator"], kept["generator"])
 
 
 def test_optimiser_and_schedule_can_be_given():

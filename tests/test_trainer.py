@@ -17,7 +17,7 @@ from rlhf_lessons import fitting
 from rlhf_lessons.data import encode_prompt, encode_response
 from rlhf_lessons.device import make_accelerator
 from rlhf_lessons.models import RewardModel
-from rlhf_lessons.trainer import SEED_STRIDE, PPOConfig, fit_language_model, fit_reward_model
+from rlhf_lessons.trainer import PPOConfig, fit_language_model, fit_reward_model
 
 PAD, BOS, EOS = 0, 1, 2
 LENGTHS = [1, 6, 3, 5, 2, 6, 4, 1, 6, 2, 5, 3]
@@ -447,21 +447,6 @@ def test_trainers_of_different_precision_follow_each_other(make_trainer):
         assert set(types) == {torch.bfloat16 if precision == "bf16" else torch.float32}
 
 
-@pytest.mark.detail(37)
-def test_each_process_draws_from_its_own_seed(make_trainer, monkeypatch):
-    """seed + rank·100003, for prompts, shuffles and tokens alike."""
-    from accelerate import Accelerator
-
-    batches = {}
-    for rank in (0, 1):
-        monkeypatch.setattr(Accelerator, "process_index", property(lambda self, rank=rank: rank))
-        trainer = make_trainer(seed=5)
-        assert trainer.sampling.initial_seed() == trainer.ordering.initial_seed() == 5 + 100003 * rank
-        batches[rank] = trainer.texts(trainer.rollout())
-    assert SEED_STRIDE == 100003
-    assert batches[0][0] != batches[1][0] and batches[0][1] != batches[1][1]
-
-
 # --- Precisions -----------------------------------------------------------------------------------
 
 
@@ -783,86 +768,105 @@ def test_from_language_model_to_aligned_policy(make_lm, make_trainer, make_polic
     assert history[-1]["score"] > history[0]["score"] + 0.2
 
 
-# --- Two processes --------------------------------------------------------------------------------
-
-UNION = [1, 6, 3, 5, 2, 6, 4, 1, 6, 2, 5, 3, 6, 6, 1, 2]
+# --- Several processes ----------------------------------------------------------------------------
 
 
-def union_trainer(tiny_trainer, **changes):
-    settings = dict(minibatch_size=16, ppo_epochs=1, gradient_accumulation_steps=2, target_kl=100.0)
-    return tiny_trainer(**(settings | changes))
+def small_trainers():
+    """PPO and GRPO with much to go wrong: adaptive β, pieces, an early stop, rows that end at different steps."""
+    from conftest import PROMPTS, count_good, tiny_lm, tiny_trainer, word_tokenizer
+
+    from rlhf_lessons.config import GroupConfig
+    from rlhf_lessons.group_trainers import GRPOTrainer
+
+    sizes = dict(batch_size=16, minibatch_size=8, gradient_accumulation_steps=2, ppo_epochs=2, max_new_tokens=6)
+    shared = sizes | dict(target_kl=100.0, learning_rate=1e-3, device="cpu")
+    yield "ppo", tiny_trainer(**shared, normalize_scores=True, adaptive_kl_target=1.0, adaptive_kl_horizon=100)
+    config = GroupConfig(**shared, samples_per_prompt=4)
+    yield "grpo", GRPOTrainer(config, tiny_lm(), tiny_lm(seed=1), count_good, PROMPTS, word_tokenizer())
 
 
-def one_of_two_processes(folder):
-    """What each process runs: an update on its half of a batch, then an iteration of its own."""
-    from conftest import random_batch, tiny_trainer
+def outcome(trainer):
+    """Two iterations: what was sampled, what was learnt from, where it led."""
+    history, batches = [], []
+    for _ in range(2):
+        history.append(without_times(trainer.step()))
+        batches.append({name: x for name, x in vars(trainer.batch).items() if isinstance(x, torch.Tensor)})
+    return dict(
+        history=history, batches=batches, parameters=copies(trainer.policy), hash=parameter_hash(trainer.policy)
+    )
+
+
+def one_of_several_processes(folder):
+    """What each process runs."""
+    from conftest import tiny_trainer
 
     torch.set_num_threads(1)
-    trainer = union_trainer(tiny_trainer)
-    rank = trainer.accelerator.process_index
-    half = random_batch(UNION).rows(torch.arange(8) + 8 * rank)
-    steps = watch_steps(trainer)
-    report = trainer.update(half).reports[0]
-    second = union_trainer(tiny_trainer, minibatch_size=8, gradient_accumulation_steps=1, ppo_epochs=2)
-    metrics = second.step()
-    result = dict(
-        processes=trainer.accelerator.num_processes,
-        gradients=steps[0]["gradients"],
-        report={name: float(value) for name, value in report.items()},
-        tokens=second.batch.tokens,
-        metrics=without_times(metrics),
-        parameters=parameter_hash(second.policy),
-    )
-    torch.save(result, f"{folder}/{rank}.pt")
-    trainer.accelerator.end_training()
+    results = {name: outcome(trainer) for name, trainer in small_trainers()}
+    accelerator = make_accelerator("cpu")
+    results["processes"], results["refused"] = accelerator.num_processes, []
+    for sizes in (dict(batch_size=15, minibatch_size=5), dict(batch_size=16, samples_per_prompt=16)):
+        try:
+            tiny_trainer(**sizes)
+        except ValueError as error:
+            results["refused"].append(str(error))
+    torch.save(results, f"{folder}/{accelerator.process_index}.pt")
+    accelerator.end_training()
 
 
 def gloo_available():
     return torch.distributed.is_available() and torch.distributed.is_gloo_available()
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """This file, launched in two processes that talk over gloo, as by torchrun: the results of both."""
-    folder = tmp_path_factory.mktemp("two_processes")
+@pytest.fixture(scope="module", params=[2, 4])
+def processes(tmp_path_factory, request):
+    """This file, launched in processes that talk over gloo, as by torchrun: the results of each."""
+    if not gloo_available():
+        pytest.skip("this build of torch has no gloo")
+    folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(request.param)]
     result = subprocess.run(
-        [*launch, __file__, str(folder)],
+        [*launch, "--master_port", port, __file__, str(folder)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
-@pytest.mark.skipif(not gloo_available(), reason="this build of torch has no gloo")
 @pytest.mark.detail(35)
-def test_two_processes_make_the_gradient_of_one_on_both_halves(two_processes, make_trainer, make_batch):
-    """Halves of 28 and 31 tokens in two pieces each: the sum is weighted by tokens, in the gradient and the report."""
-    trainer = union_trainer(make_trainer)
-    steps = watch_steps(trainer)
-    report = trainer.update(make_batch(UNION)).reports[0]
-    expected = {name: float(value) for name, value in report.items()}
-    for result in two_processes:
-        assert result["processes"] == 2
-        assert_all_close(result["gradients"], steps[0]["gradients"], atol=1e-6, rtol=1e-4)
-        assert result["report"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.skipif(not gloo_available(), reason="this build of torch has no gloo")
 @pytest.mark.detail(37)
-def test_two_processes_sample_differently_and_stay_one_model(two_processes):
-    first, second = two_processes
-    assert len(first["tokens"]) == len(second["tokens"]) == 8, "a batch of 16 is shared out"
-    assert first["tokens"].shape != second["tokens"].shape or not torch.equal(first["tokens"], second["tokens"])
-    assert first["parameters"] == second["parameters"]
-    assert first["metrics"] == second["metrics"] and first["metrics"]["optimizer_steps"] == 4
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_a_seed_means_one_run_in_any_number_of_processes(processes, method):
+    """The same tokens, the same credit for them, the same steps: whitening and groups are over the whole batch."""
+    expected = outcome(dict(small_trainers())[method])
+    lengths = expected["batches"][0]["response_mask"].sum(dim=1)
+    assert lengths.unique().numel() > 2, "rows of one length would prove less"
+    for result in processes:
+        assert result["processes"] == len(processes)
+        result = result[method]
+        for got, wanted in zip(result["batches"], expected["batches"], strict=True):
+            assert torch.equal(got["tokens"], wanted["tokens"])
+            for name, x in wanted.items():
+                torch.testing.assert_close(got[name], x, atol=1e-5, rtol=1e-5)
+        for got, wanted in zip(result["history"], expected["history"], strict=True):
+            assert got == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        assert_all_close(result["parameters"], expected["parameters"], atol=1e-5, rtol=0)
+    assert len({result[method]["hash"] for result in processes}) == 1, "one model"
+
+
+def test_sizes_that_cannot_be_shared_out_are_refused(processes):
+    count = len(processes)
+    for result in processes:
+        assert result["refused"] == [
+            f"batch_size must be a multiple of {count}, 1 for each of {count} processes; got 15",
+            f"batch_size must be a multiple of {16 * count}, 16 for each of {count} processes; got 16",
+        ]
 
 
 if __name__ == "__main__":
-    one_of_two_processes(sys.argv[1])
+    one_of_several_processes(sys.argv[1])

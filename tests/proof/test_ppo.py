@@ -223,7 +223,7 @@ def test_gradient_accumulation(claim):
     batch = trainers[1].rollout()
     after = {}
     for n, trainer in trainers.items():
-        trainer.ordering.manual_seed(5)
+        trainer.generator.manual_seed(5)
         trainer.update(copy.deepcopy(batch))
         after[n] = torch.cat([p.detach().flatten() for p in trainer.policy.parameters()])
     for n in (2, 4):
