@@ -39,8 +39,11 @@ def relative_links(page):
 
 
 def commands():
-    """(command, its options) of every `python -m rlhf_lessons COMMAND --options` on a page."""
-    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    """(command, its options) of every `python -m rlhf_lessons COMMAND --options` on a page.
+
+    Not on those that a measurement wrote: they say what was typed then.
+    """
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "bench.md")
     for line in re.findall(r"python -m rlhf_lessons ([a-z]+[^`#\n]*)", text):
         yield line.split()[0], frozenset(re.findall(r"--[a-z-]+", line))
 

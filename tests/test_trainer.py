@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from rlhf_lessons import fitting
 from rlhf_lessons.data import encode_prompt, encode_response
-from rlhf_lessons.device import make_accelerator
 from rlhf_lessons.models import RewardModel
 from rlhf_lessons.trainer import PPOConfig, fit_language_model, fit_reward_model
 
@@ -743,14 +742,6 @@ def test_texts_are_cut_at_the_length_asked_for(make_lm, tokenizer, monkeypatch):
 def test_a_fit_that_diverges_raises_and_names_the_step(make_lm, tokenizer):
     with pytest.raises(FloatingPointError, match="the loss is nan in step"):
         fit_language_model(make_lm(), TEXTS, tokenizer, epochs=10, batch_size=4, learning_rate=1e38, device="cpu")
-
-
-def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="device must be one of auto, cpu, cuda, mps; got 'tpu'"):
-        make_accelerator("tpu")
-    absent = "mps" if torch.cuda.is_available() else "cuda"
-    with pytest.raises(ValueError, match=f"device must be one that this machine has; got '{absent}'"):
-        make_accelerator(absent)
 
 
 def test_from_language_model_to_aligned_policy(make_lm, make_trainer, make_policy, tokenizer, tmp_path):

@@ -1,28 +1,12 @@
-"""A run's folder: what is written is whole or not there; and the run's displays, pictures and tables."""
+"""A run's folder: what is written is whole or not there; and the run's pictures and tables."""
 
 import contextlib
-import fcntl
 import json
-import os
-import pty
-import re
 import resource
-import struct
-import sys
-import termios
-import time
 
 import pytest
-from rlhf_lessons.report import (
-    RunFolder,
-    draw_run,
-    mean_of_last,
-    progress,
-    progress_of_fit,
-    read_metrics,
-    samples_table,
-    summary_table,
-)
+
+from rlhf_lessons.app.run_folder import RunFolder, draw_run, mean_of_last, read_metrics, samples_table, summary_table
 
 
 @contextlib.contextmanager
@@ -145,53 +129,6 @@ def test_mean_is_of_the_last_rows_or_of_all_there_are():
     rows = [{"kl": float(value)} for value in (100, 1, 2, 3, 4, 5)]
     assert mean_of_last(rows, "kl") == 3.0 and mean_of_last(rows, "kl", last=2) == 4.5
     assert mean_of_last(rows[:2], "kl") == 50.5
-
-
-# --- Progress ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("total", "shown"), [(50, list(range(5, 51, 5))), (3, [1, 2, 3]), (25, None)])
-def test_progress_off_a_terminal_is_a_line_every_tenth(total, shown, capsys):
-    show = progress(total, "PPO")
-    for done in range(1, total + 1):
-        show(done, reward=done / 2, KL=1.0)
-    lines = capsys.readouterr().err.splitlines()
-    if shown is not None:
-        assert lines == [f"PPO {done}/{total}  reward {done / 2:.2f}  KL 1.00" for done in shown]
-    assert len(lines) == min(total, 10) and lines[-1].startswith(f"PPO {total}/{total}")
-
-
-def read_all(terminal):
-    """What was written to a pseudo-terminal whose other end is closed; it comes in pieces."""
-    pieces = []
-    with contextlib.suppress(OSError), os.fdopen(terminal, "rb", buffering=0) as file:
-        while piece := file.read(4096):
-            pieces.append(piece)
-    return b"".join(pieces).decode()
-
-
-def test_progress_on_a_terminal_is_one_bar_with_time_left(monkeypatch):
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    with os.fdopen(theirs, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        show = progress(20, "PPO")
-        for done in range(1, 21):
-            time.sleep(0.11)  # a bar is drawn ten times a second at the most
-            show(done, reward=0.25 * done, KL=2.0)
-    text = read_all(ours)
-    # A bar leaves out frames where the machine is slow; those that it draws must be whole.
-    frames = re.findall(r"(\d+)/20 \[\d+:\d+<\d+:\d+,[^]]*?reward (\d\.\d\d)  KL 2\.00\]", text)
-    assert "PPO:" in text and len(frames) >= 5 and frames[-1] == ("20", "5.00")
-    assert all(float(reward) == 0.25 * int(done) for done, reward in frames)
-    assert text.count("\r") >= len(frames) and text.strip("\r\n").count("\n") == 0
-
-
-def test_a_fit_s_progress_learns_its_length_from_the_first_step(capsys):
-    show = progress_of_fit("reward model")
-    for step in (1, 2):
-        show(step, 2, 0.5)
-    assert capsys.readouterr().err.splitlines() == ["reward model 1/2  loss 0.50", "reward model 2/2  loss 0.50"]
 
 
 # --- Samples, pictures, tables ----------------------------------------------------------------------------------------

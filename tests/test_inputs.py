@@ -1,0 +1,107 @@
+"""What the learner brings: which prompts and scores are used, and what the user is told of them."""
+
+import argparse
+import json
+import sys
+
+import pytest
+import torch
+
+from rlhf_lessons.app import inputs as room
+from rlhf_lessons.app.inputs import Model, choose_prompts, choose_score, import_score, resolve, warn_of_unknown
+
+LINES = ["good film bad film .", "bad film good bad .", "film"]
+TINY_WORLD = room.ASSETS / "base"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    (tmp_path / "corpus.txt").write_text("\n".join(LINES))
+    return tmp_path / "corpus.txt"
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    pairs = [{"prompt": prompt, "chosen": "good", "rejected": "bad"} for prompt in ("film", "bad film")]
+    (tmp_path / "pairs.jsonl").write_text("\n\n".join(map(json.dumps, pairs)))
+    return tmp_path / "pairs.jsonl"
+
+
+def brought(command="run", **given):
+    """What a command is given, read."""
+    return resolve(argparse.Namespace(command=command, critic="shared", **given))
+
+
+# --- Prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_come_from_what_is_given_and_the_user_is_told(corpus, pairs, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("good\nfilm")
+
+    def prompts(words=3, **given):
+        chosen = choose_prompts(brought(**given), opening_words=words, seed=0)
+        return [p if isinstance(p, str) else p["prompt"] for p in chosen], capsys.readouterr().err
+
+    given = dict(corpus=corpus, preferences=pairs)
+    chosen, said = prompts(prompts=tmp_path / "prompts.txt", **given)
+    assert chosen == ["good", "film"] and f"prompts: 2, from {tmp_path / 'prompts.txt'}; the first is 'good'" in said
+    chosen, said = prompts(**given)
+    assert chosen == ["good film bad", "bad film good"] and "the first 3 words of lines in" in said
+    assert prompts(words=2, **given)[0] == ["good film", "bad film"]
+    chosen, said = prompts(words=0, **given)
+    assert chosen == [""] and "prompts: 1, the begin token alone" in said
+    chosen, said = prompts(preferences=pairs)
+    assert chosen == ["film", "bad film"] and f"those in {pairs}" in said
+    chosen, said = prompts()
+    assert len(chosen) == room.NUM_PROMPTS and "openings of tiny reviews" in said
+    with pytest.raises(ValueError, match="opening_words must be a whole number >= 0; got -1"):
+        prompts(words=-1, **given)
+
+
+def test_what_is_read_knows_its_line(pairs):
+    """Prompts that are taken from preferences, too: what does not fit later is named by its place in the file."""
+    found = brought(preferences=pairs)
+    places = [f"{pairs}, line 1", f"{pairs}, line 3"]
+    assert [pair.place for pair in found.preferences] == places
+    assert [prompt.place for prompt in choose_prompts(found, opening_words=3, seed=0)] == places
+
+
+def test_the_gold_reward_belongs_to_the_tiny_world(corpus, pairs):
+    assert brought().tiny_world and brought(model=TINY_WORLD).tiny_world
+    assert not any(brought(**given).tiny_world for given in (dict(corpus=corpus), dict(preferences=pairs)))
+    assert not brought(prompts=corpus).tiny_world
+
+
+def test_unknown_words_are_told(tokenizer, capsys, tmp_path):
+    warn_of_unknown(["good film film bad plot"], tokenizer, tmp_path)
+    assert capsys.readouterr().err == ""
+    warn_of_unknown(["good plot"], tokenizer, tmp_path)
+    assert f"careful: 50% of the words in {tmp_path} are unknown" in capsys.readouterr().err
+
+
+# --- Scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_model_scores_tokens_or_texts(make_reward_model, make_tokenizer, tokenizer):
+    """With the policy's tokenizer it is used itself; with another it reads texts, and gives the same scores."""
+    model = make_reward_model()
+    reward_model, nothing = Model(model, tokenizer, "reward"), brought()
+    assert choose_score(nothing, reward_model, tokenizer, device="cpu") is model
+    other = make_tokenizer()
+    other.add_tokens(["plot"])
+    by_text = choose_score(nothing, reward_model, other, device="cpu")
+    assert not isinstance(by_text, torch.nn.Module)
+    ids = torch.tensor([[1, 6, 4, 2], [1, 6, 5, 2]])  # <bos> film good <eos>, <bos> film bad <eos>
+    expected = model(ids, torch.ones_like(ids)).tolist()
+    assert by_text(["film", "film"], ["good", "bad"]).tolist() == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="texts must have at most 32 tokens, .*; got one of 36"):
+        by_text(["film"], ["good " * 33])
+
+
+def test_a_score_s_own_modules_can_be_imported_later(tmp_path, monkeypatch):
+    """The working directory stays importable: a function may import what lies beside it when it is called."""
+    (tmp_path / "late_scores.py").write_text("def f(p, r):\n    import late_words\n    return late_words.count(r)\n")
+    (tmp_path / "late_words.py").write_text("def count(r):\n    return [len(x) for x in r]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert import_score("late_scores:f")(["a"], ["abc"]) == [3]
