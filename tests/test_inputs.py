@@ -1,12 +1,16 @@
 """What the learner brings: which prompts and scores are used, and what the user is told of them."""
 
 import argparse
+import builtins
+import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from rlhf_lessons.__main__ import main
 from rlhf_lessons.app import inputs as room
 from rlhf_lessons.app.inputs import Model, choose_prompts, choose_score, import_score, resolve, warn_of_unknown
 
@@ -105,3 +109,72 @@ def test_a_score_s_own_modules_can_be_imported_later(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     assert import_score("late_scores:f")(["a"], ["abc"]) == [3]
+
+
+# --- Read once --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, make_lm, make_reward_model, tokenizer):
+    """The working directory, with a file and a model of each kind."""
+    pair = {"prompt": "film", "chosen": "good .", "rejected": "bad bad ."}
+    (tmp_path / "corpus.txt").write_text("\n".join(LINES * 8))
+    (tmp_path / "prompts.txt").write_text("film\ngood film")
+    for name in ("pairs.jsonl", "held_out.jsonl"):
+        (tmp_path / name).write_text("\n".join([json.dumps(pair)] * 8))
+    for name, model in (("lm", make_lm()), ("policy", make_lm(seed=1)), ("reward", make_reward_model())):
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """What is opened by Python, and what transformers loads from where, as it happens."""
+    from transformers import AutoTokenizer, PreTrainedModel
+
+    opened, loaded = [], []
+    plain_open = open
+
+    def noting_open(file, *arguments, **options):
+        opened.append(str(file))
+        return plain_open(file, *arguments, **options)
+
+    for place in (builtins, io):  # pathlib takes it from io
+        monkeypatch.setattr(place, "open", noting_open)
+    for kind, loader in (("model", PreTrainedModel), ("tokenizer", AutoTokenizer)):
+
+        def load(cls, path, *arguments, kind=kind, plain=loader.from_pretrained.__func__, **options):
+            loaded.append(f"{kind} {path}")
+            return plain(cls, path, *arguments, **options)
+
+        monkeypatch.setattr(loader, "from_pretrained", classmethod(load))
+    return SimpleNamespace(opened=opened, loaded=loaded)
+
+
+FIT = "--layers 1 --width 16 --heads 2 --context 32 --lm-epochs 1 --vocab-size 300".split()
+PPO = "--num-iterations 2 --batch-size 8 --minibatch-size 8 --ppo-epochs 1 --max-new-tokens 4 --device cpu".split()
+FILES = "--corpus corpus.txt --preferences pairs.jsonl --eval-preferences held_out.jsonl --prompts prompts.txt".split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "models"),
+    [
+        (["run", *FILES, "--model", "lm", *PPO, "--out", "out"], ["lm"]),
+        (["run", *FILES, *FIT, *PPO, "--out", "out"], []),  # what was just trained is at hand
+        (["ppo", *FILES[-2:], "--model", "lm", "--reward-model", "reward", *PPO, "--out", "out"], ["lm", "reward"]),
+        (["reward", *FILES[2:-2], "--model", "lm", "--device", "cpu", "--out", "out"], ["lm"]),
+        (
+            ["sample", *FILES[-2:], *"--model lm --policy policy --reward-model reward --count 2".split()],
+            ["lm", "policy", "reward"],
+        ),
+    ],
+    ids=["run with a model", "run from text", "ppo", "reward", "sample"],
+)
+def test_each_file_and_each_model_is_read_once(arguments, models, folder, reads):
+    """A pipe can be read once alone, and a checkpoint of some gigabytes should be."""
+    assert main(arguments) == 0
+    given = [word for word in arguments if word.endswith((".txt", ".jsonl"))]
+    assert {file: reads.opened.count(file) for file in given} == dict.fromkeys(given, 1)
+    assert sorted(reads.loaded) == sorted(f"{kind} {model}" for kind in ("model", "tokenizer") for model in models)
