@@ -4,6 +4,7 @@ Commands run in this process, on models of width 32; a process of its own is sta
 or the disk behind standard output matter.
 """
 
+import argparse
 import json
 import os
 import re
@@ -14,15 +15,18 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import rlhf_lessons
 from rlhf_lessons import __main__ as commands
-from rlhf_lessons.app.options import EXAMPLES
+from rlhf_lessons.app.options import EXAMPLES, USES, build_parser
 from rlhf_lessons.app.run_folder import read_metrics
-from rlhf_lessons.config import PRESETS, PPOConfig
+from rlhf_lessons.config import PRESETS, PPOConfig, PretrainConfig, RewardConfig, Settings
 
 BETA = PPOConfig().kl_coef
 
@@ -195,7 +199,7 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
         # samples
         ("sample --model lm --policy longer --score own_scores:good", "longer: its tokenizer has 10"),
         ("sample --model lm --policy lm --score own_scores:good --count 0", "count must be a whole number >= 1; got 0"),
-        ("sample --model lm --policy lm --score own_scores:shape --prompt film --max-new-tokens 4", "must be one number"),
+        ("sample --model lm --policy lm --score own_scores:shape --prompt film --max-new-tokens 4", "must be one num"),
         ("sample --model lm --policy lm --score own_scores:good --prompt film --max-new-tokens 40", "prompt 1: .* 2 "),
     ],
 )  # fmt: skip
@@ -206,7 +210,8 @@ def test_bad_input_is_said_in_a_line(arguments, message, run, tmp_path):
         options = [*sizes, "--out", tmp_path / "out", *options]
     code, _, error = run(name, *options)
     *_, last = error.strip().splitlines()
-    assert code == 2 and re.search(f"^error: .*{message}", last) and "Traceback" not in error
+    assert code == 2 and re.search(f"^error: .*{message}", last)
+    assert "Traceback" not in error and len(re.findall("^error: ", error, re.M)) == 1
     if (tmp_path / "out").exists():
         assert [path.name for path in (tmp_path / "out").iterdir()] in ([], ["config.json"])
 
@@ -405,6 +410,103 @@ def test_a_command_s_help_explains_each_option_and_gives_examples(name, run):
         assert "--critic {shared,separate}" in joined and "--preset {tiny,small}" in joined
         assert "pieces in which a minibatch is computed, to save memory (default: 1)" in joined
         assert "metrics.jsonl" in joined and "figures" in joined
+
+
+class Reads:
+    """The names that are read off objects of the kinds noted."""
+
+    def __init__(self):
+        self.names, self.noted = set(), ()
+
+    def getter_of(self, kind):
+        def get(owner, name, plain=kind.__getattribute__):
+            if issubclass(type(owner), self.noted):
+                self.names.add(name)
+            return plain(owner, name)
+
+        return get
+
+    def noting(self, kinds, function):
+        """The function, noting these kinds alone while it runs."""
+
+        def wrapped(*arguments, **options):
+            before, self.noted = self.noted, kinds
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.noted = before
+
+        return wrapped
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """What a command reads of its options and settings, but for checking them and writing them down."""
+    from rlhf_lessons.app import pipeline
+
+    reads = Reads()
+    configs = (PretrainConfig, RewardConfig, PPOConfig)
+    for kind in (argparse.Namespace, *configs):
+        monkeypatch.setattr(kind, "__getattribute__", reads.getter_of(kind))
+    for kind in configs:
+        monkeypatch.setattr(kind, "__post_init__", reads.noting((), kind.__post_init__))
+    monkeypatch.setattr(commands, "settings_from", reads.noting((argparse.Namespace,), commands.settings_from))
+    monkeypatch.setattr(pipeline, "write_config", reads.noting((), pipeline.write_config))
+
+    def parse_args(argv):
+        reads.noted = ()
+        arguments = build_parser().parse_args(argv)
+        reads.noted = (argparse.Namespace, *configs)
+        return arguments
+
+    monkeypatch.setattr(commands, "build_parser", lambda: SimpleNamespace(parse_args=parse_args))
+    monkeypatch.setattr(pipeline, "NUM_TEXTS", 64)
+    monkeypatch.setattr(pipeline, "NUM_HELD_OUT", 8)
+    return reads
+
+
+def options_of(name):
+    """A command's options and positional arguments, by the names under which it finds them."""
+    (commands_of,) = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return {action.dest for action in commands_of.choices[name]._actions} - {"help"}
+
+
+ADAPTIVE = "--adaptive-kl-target 1".split()  # without it its horizon is not asked for
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("run", [["--num-preferences", "8", *SMALL, *FAST, *ADAPTIVE], [*RUN.split()[1:], *SMALL, *FAST]]),
+        ("pretrain", [["--corpus", "corpus.txt", *SMALL, "--device", "cpu"]]),
+        ("reward", [["--model", "lm", "--num-preferences", "8", "--device", "cpu"]]),
+        ("ppo", [[*PPO.split()[1:], *FAST, *ADAPTIVE]]),
+        ("sample", ["--model lm --policy lm --score own_scores:good --prompts prompts.txt --count 2".split()]),
+        ("summary", [["finished"]]),
+    ],
+)
+def test_a_command_takes_the_options_that_it_reads_and_no_others(name, calls, run, reads, tmp_path):
+    """All of them over these calls, and of the settings none that it does not take."""
+    listed = options_of(name)
+    run(*PPO.split(), *FAST, "--out", "finished")  # for the table
+    reads.names.clear()
+    for number, options in enumerate(calls):
+        out = ["--out", tmp_path / str(number)] if name in USES else []
+        code, _, error = run(name, *options, *out)
+        assert code == 0, error
+    settings = {field.name for section in fields(Settings) for field in fields(section.default)}
+    assert reads.names & (listed | settings if name in USES else listed) == listed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_help_lists_a_command_s_options(name, run):
+    code, text, _ = run(name, "--help")
+    said = re.findall(r"^  (?:--[\w-]+, )?--(?:no-)?([\w-]+)", text, re.M)
+    assert code == 0 and {option.replace("-", "_") for option in said} - {"help"} == options_of(name) - {"runs"}
+
+
+def test_the_version_is_the_package_s(run):
+    assert run("--version") == (0, f"rlhf_lessons {rlhf_lessons.__version__}\n", "")
 
 
 def test_the_examples_are_commands():

@@ -60,12 +60,11 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
     if base is None:
         require("context", settings.pretrain.context, settings.pretrain.context > ppo.max_new_tokens,
                 f"more than max_new_tokens = {ppo.max_new_tokens}")  # fmt: skip
-        base = pretrain(inputs, settings, folder, prompts=prompts)
+        base = pretrain(inputs, settings, folder, prompts=prompts, max_new_tokens=ppo.max_new_tokens)
         policy = CausalLMWithValueHead(base.network, critic=arguments.critic)
     else:
         policy = base.network
-        fit = dict(prompts=prompts, max_new_tokens=ppo.max_new_tokens)
-        check_lengths(inputs, base.tokenizer, policy, **fit)
+        check_lengths(inputs, base.tokenizer, policy, prompts=prompts, max_new_tokens=ppo.max_new_tokens)
     say(f"base model: {base.name}, {millions(policy.lm)} parameters, context {context_of(policy)}")
     if inputs.prompts is not None:
         warn_of_unknown([record["prompt"] for record in prompts], base.tokenizer, inputs.given["prompts"])
@@ -86,8 +85,13 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
     return optimise(trainer, folder, gold=inputs.tiny_world)
 
 
-def pretrain(inputs: Inputs, settings: Settings, folder: RunFolder, *, prompts: Records = ()) -> Model:
-    """Train a tokenizer and a language model from scratch on a corpus (the tiny world's own without one)."""
+def pretrain(
+    inputs: Inputs, settings: Settings, folder: RunFolder, *, prompts: Records = (), max_new_tokens: int = 0
+) -> Model:
+    """Train a tokenizer and a language model from scratch on a corpus (the tiny world's own without one).
+
+    prompts, max_new_tokens: what PPO will ask of it, which its context must have room for.
+    """
     config, ppo = settings.pretrain, settings.ppo
     if inputs.corpus is None:
         texts = tiny_reviews.sample_corpus(NUM_TEXTS, torch.Generator().manual_seed(ppo.seed))
@@ -99,7 +103,7 @@ def pretrain(inputs: Inputs, settings: Settings, folder: RunFolder, *, prompts: 
     )
     say(f"language model: {millions(lm)} parameters, {len(tokenizer)} tokens, {len(texts)} texts")
     # What does not fit is said now, not after the training.
-    check_lengths(inputs, tokenizer, lm, prompts=prompts, max_new_tokens=ppo.max_new_tokens)
+    check_lengths(inputs, tokenizer, lm, prompts=prompts, max_new_tokens=max_new_tokens)
     cut = sum(len(ids) + 1 > config.context for ids in tokenizer(texts).input_ids)
     if cut:
         say(f"{cut} of the texts are longer than the context of {config.context} tokens and are cut there")
