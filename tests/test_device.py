@@ -1,9 +1,15 @@
-"""Where models run: a device is one that the machine has."""
+"""Where models run: a device is one that the machine has, and the process is tuned by a command's start alone."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
+import rlhf_lessons
+from rlhf_lessons import device
+from rlhf_lessons.__main__ import main
 from rlhf_lessons.device import make_accelerator
+from rlhf_lessons.fitting import fit_language_model
 
 
 def test_a_device_that_is_not_there_is_refused():
@@ -12,3 +18,17 @@ def test_a_device_that_is_not_there_is_refused():
     absent = "mps" if torch.cuda.is_available() else "cuda"
     with pytest.raises(ValueError, match=f"device must be one that this machine has; got '{absent}'"):
         make_accelerator(absent)
+
+
+def test_memory_is_kept_by_a_command_alone(monkeypatch, make_trainer, make_lm, tokenizer, tmp_path):
+    """It changes the whole process, which a library that somebody imports has no business to."""
+    calls = []
+    monkeypatch.setattr(device, "keep_freed_memory", lambda: calls.append("kept"))
+    make_trainer().step()
+    fit_language_model(make_lm(), ["film"], tokenizer, epochs=1, device="cpu")
+    assert main(["summary", str(tmp_path)]) == 2 and calls == []
+    assert main(["pretrain", "--corpus", str(tmp_path / "none.txt"), "--out", str(tmp_path / "out")]) == 2
+    assert calls == ["kept"]
+    package = Path(rlhf_lessons.__file__).parent
+    named_in = {path.name for path in package.rglob("*.py") if "keep_freed_memory" in path.read_text(encoding="utf-8")}
+    assert named_in == {"device.py", "__main__.py"}

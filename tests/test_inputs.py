@@ -12,7 +12,15 @@ import torch
 
 from rlhf_lessons.__main__ import main
 from rlhf_lessons.app import inputs as room
-from rlhf_lessons.app.inputs import Model, choose_prompts, choose_score, import_score, resolve, warn_of_unknown
+from rlhf_lessons.app.inputs import (
+    Model,
+    check_lengths,
+    choose_prompts,
+    choose_score,
+    import_score,
+    resolve,
+    warn_of_unknown,
+)
 
 LINES = ["good film bad film .", "bad film good bad .", "film"]
 TINY_WORLD = room.ASSETS / "base"
@@ -178,3 +186,45 @@ def test_each_file_and_each_model_is_read_once(arguments, models, folder, reads)
     given = [word for word in arguments if word.endswith((".txt", ".jsonl"))]
     assert {file: reads.opened.count(file) for file in given} == dict.fromkeys(given, 1)
     assert sorted(reads.loaded) == sorted(f"{kind} {model}" for kind in ("model", "tokenizer") for model in models)
+
+
+# --- Looking changes nothing ------------------------------------------------------------------------------------------
+
+
+def global_state():
+    """What accelerate keeps for the whole process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    return [dict(state._shared_state) for state in (AcceleratorState, PartialState, GradientState)]
+
+
+@pytest.fixture(params=["a trainer in bf16", "an accelerator in bf16"])
+def live(request, make_trainer):
+    """Somebody's own, at work in this process."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if "trainer" in request.param:
+        yield make_trainer(precision="bf16")
+    else:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_looking_at_what_is_brought_changes_no_global_state(live, folder, make_tokenizer):
+    """Neither for files and models nor for a reward model that reads texts, nor on another device than the one in use.
+
+    Else the next line of a notebook that has a trainer would compute in another precision.
+    """
+    before = global_state()
+    assert before[0] and before[1]
+    given = dict(corpus="corpus.txt", preferences="pairs.jsonl", prompts="prompts.txt", reward_model="reward")
+    found = brought(model="lm", **given, device="auto")
+    choose_prompts(found, opening_words=3, seed=0)
+    check_lengths(found, found.model.tokenizer, found.model.network, prompts=found.prompts, max_new_tokens=4)
+    other = make_tokenizer()
+    other.add_tokens(["plot"])
+    score = choose_score(found, found.reward_model, other, device="cpu")
+    assert len(score(["film"], ["good"])) == 1
+    assert global_state() == before

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from rlhf_lessons import data, tiny_reviews
-from rlhf_lessons.device import check_device, make_accelerator
+from rlhf_lessons.device import check_device
 from rlhf_lessons.display import say
 from rlhf_lessons.models import (
     ASSETS,
@@ -196,15 +196,18 @@ def warn_of_unknown(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", 
 def choose_score(
     inputs: Inputs, reward_model: Model | None, tokenizer: "PreTrainedTokenizerBase", *, device: str
 ) -> nn.Module | Callable[..., Any]:
-    """What PPO maximises: one's own function, or a reward model (on the tokens if it shares the tokenizer)."""
+    """What PPO maximises: one's own function, or a reward model (on the tokens if it shares the tokenizer).
+
+    One that reads texts goes to the device when it is first asked, when a trainer has long settled which that is.
+    """
     if inputs.score is not None:
         return inputs.score
     if reward_model.tokenizer.get_vocab() == tokenizer.get_vocab():
         return reward_model.network
     if Path(reward_model.name) == ASSETS / "reward_model":
         raise ValueError("give --reward-model or --score: the shipped reward model knows the tiny world's words only")
-    network = reward_model.network.to(make_accelerator(device).device)
-    return lambda prompts, responses: score_texts(network, reward_model.tokenizer, prompts, responses)
+    network, place = reward_model.network, check_device(device)
+    return lambda prompts, responses: score_texts(network.to(place), reward_model.tokenizer, prompts, responses)
 
 
 def import_score(name: str) -> Callable[..., Any]:
