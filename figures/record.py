@@ -6,42 +6,56 @@
 
 import argparse
 import math
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rlhf_lessons.report import RunFolder, read_metrics, summary_table
-from rlhf_lessons.sources import Sources
 
-from rlhf_lessons import plots, stages, tiny_reviews
+import rlhf_lessons
+from rlhf_lessons import plots, tiny_reviews
+from rlhf_lessons.app.run_folder import read_metrics, summary_table
+from rlhf_lessons.config import PPOConfig
 from rlhf_lessons.data import encode_prompt, pad
-from rlhf_lessons.fitting import language_model_loss, preference_accuracy
+from rlhf_lessons.fitting import annotated_preferences, language_model_loss
+from rlhf_lessons.generation import respond
 from rlhf_lessons.models import ASSETS, load_causal_lm, load_reward_model, load_tokenizer
-from rlhf_lessons.trainer import PPOConfig
+from rlhf_lessons.scoring import preference_accuracy
 
-BASE_MODEL = stages.StageConfig(
-    layers=2, width=96, heads=4, context=48, lm_epochs=1.0, lm_batch_size=64, lm_learning_rate=4e-3
-)
-ASSET_NAMES = {"base": "base_model", "reward_model": "reward_model", "aligned": "policy"}  # shipped name -> run's name
+BASE_MODEL = (
+    "pretrain --layers 2 --width 96 --heads 4 --context 48 --lm-epochs 1 --lm-batch-size 64 --lm-learning-rate 0.004"
+).split()
+MADE = {"base": "base/base_model", "reward_model": "run/reward_model", "aligned": "run/policy"}  # shipped name -> where
 TOLERANCES = {"perplexity": 0.2, "accuracy": 0.04, "gold": 0.5}  # between a rebuilt asset and the shipped one
 RECORDED_FILES = ("config.json", "metrics.jsonl", "summary.json", "samples.md")
 KL_COEFS = (0.0, 0.02, 0.05, 0.1, 0.2)
 SEEDS = (0, 1, 2)
 
 
+def type_in(folder: Path, *words: str) -> None:
+    """`python -m rlhf_lessons WORDS`, typed in that folder. Raises ValueError when the command fails.
+
+    A process of its own, so that what it writes about itself is what one would have to type.
+    """
+    command = ["-m", "rlhf_lessons", *words]
+    paths = [str(Path(rlhf_lessons.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise ValueError(f"python {' '.join(command)} failed with exit code {done.returncode}")
+
+
 def build_assets(folder: Path) -> None:
-    """Train the base model, the reward model and the aligned policy from fixed seeds, with the default settings."""
-    sources, config = Sources(), PPOConfig()
+    """Train the base model, the reward model and the aligned policy, with the default seed and settings."""
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before anything is trained
     with tempfile.TemporaryDirectory() as scratch:
-        made = RunFolder(Path(scratch) / "assets")
-        base = stages.pretrain(sources, BASE_MODEL, config, made)
-        stages.run(replace(sources, model=str(base)), stages.StageConfig(), config, made)
-        for name, made_name in ASSET_NAMES.items():
-            shutil.copytree(made.path / made_name, folder / name, dirs_exist_ok=True)
+        type_in(Path(scratch), *BASE_MODEL, "--out", "base")
+        type_in(Path(scratch), "run", "--model", MADE["base"], "--out", "run")
+        for name, made in MADE.items():
+            shutil.copytree(Path(scratch, made), folder / name, dirs_exist_ok=True)
 
 
 def measure_assets(folder: Path) -> dict[str, float]:
@@ -58,12 +72,13 @@ def measure_assets(folder: Path) -> dict[str, float]:
         tokenizer.pad_token_id,
         side="right",
     )
-    pairs = stages.annotated_preferences(folder / "base", 1000, seed=20_001)
+    base = load_causal_lm(folder / "base")
+    pairs = annotated_preferences(base, tokenizer, 1000, seed=20_001)
     prompts = tiny_reviews.prompts(500, generator)
-    responses = stages.respond(load_causal_lm(folder / "aligned"), tokenizer, prompts, generator=generator)
+    responses = respond(load_causal_lm(folder / "aligned"), tokenizer, prompts, generator=generator)
     with torch.no_grad():
         return {
-            "perplexity": math.exp(language_model_loss(load_causal_lm(folder / "base"), tokens, mask)),
+            "perplexity": math.exp(language_model_loss(base, tokens, mask)),
             "accuracy": preference_accuracy(load_reward_model(folder / "reward_model"), pairs, tokenizer),
             "gold": float(tiny_reviews.gold_reward(prompts, responses).mean()),
         }
@@ -85,20 +100,23 @@ def run_name(kl_coef: float, seed: int) -> str:
     return f"kl{kl_coef:g}-seed{seed}"
 
 
-def record_runs(folder: Path, kl_coefs=KL_COEFS, seeds=SEEDS) -> None:
-    """`run` with default settings for each β and seed; settings, metrics and samples are kept, finished runs left."""
+def run_words(kl_coef: float, seed: int) -> list[str]:
+    """What is typed for a recorded run: default settings but for these two."""
+    return ["run", "--kl-coef", f"{kl_coef:g}", "--seed", str(seed)]
+
+
+def record_runs(folder: Path, kl_coefs: tuple[float, ...] = KL_COEFS, seeds: tuple[int, ...] = SEEDS) -> None:
+    """A run for each β and seed; its settings, metrics and samples are kept, finished runs left as they are."""
     for seed in seeds:
         for kl_coef in kl_coefs:
-            target = folder / run_name(kl_coef, seed)
-            if (target / "summary.json").exists():
+            name = run_name(kl_coef, seed)
+            if (folder / name / "summary.json").exists():
                 continue
             with tempfile.TemporaryDirectory() as scratch:
-                made = RunFolder(Path(scratch) / "run")
-                config = replace(PPOConfig(), kl_coef=kl_coef, seed=seed)
-                stages.run(Sources(), stages.StageConfig(), config, made)
-                target.mkdir(parents=True, exist_ok=True)
-                for name in RECORDED_FILES:
-                    shutil.copy(made.path / name, target / name)
+                type_in(Path(scratch), *run_words(kl_coef, seed), "--out", name)
+                (folder / name).mkdir(parents=True, exist_ok=True)
+                for file in RECORDED_FILES:
+                    shutil.copy(Path(scratch, name, file), folder / name / file)
 
 
 def draw_figures(folder: Path, runs: Path) -> None:

@@ -1,14 +1,18 @@
 """What is shipped and committed: the tiny world's models, the recorded runs, and the table of them."""
 
 import json
+import subprocess
+import sys
+from dataclasses import asdict
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
-from rlhf_lessons.report import read_metrics, summary_table
 
-from rlhf_lessons.models import ASSETS
-from rlhf_lessons.trainer import PPOConfig
+from rlhf_lessons.app.options import build_parser, settings_from
+from rlhf_lessons.app.run_folder import read_metrics, summary_table
+from rlhf_lessons.config import PPOConfig
+from rlhf_lessons.models import ASSETS, load_causal_lm
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "figures" / "runs"
@@ -50,13 +54,25 @@ def test_without_it_the_proxy_is_above_and_gold_far_below(seed):
     assert without["gold"] <= with_kl["gold"] - 1.5
 
 
-def test_recorded_runs_were_made_with_the_settings_of_today():
-    for kl_coef in record.KL_COEFS:
-        for seed in record.SEEDS:
-            folder = RUNS / record.run_name(kl_coef, seed)
-            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["ppo"]
-            assert settings == {**settings, **vars(PPOConfig()), "kl_coef": kl_coef, "seed": seed}
-            assert len(read_metrics(folder)) == PPOConfig().num_iterations
+def settings_of(words):
+    """The settings of a command as it is typed today, by name."""
+    sections = asdict(settings_from(build_parser().parse_args(words)))
+    return {name: value for section in sections.values() for name, value in section.items()}
+
+
+SETTINGS_SINCE = {"samples_per_prompt"}  # the runs; its default is what there was before
+
+
+@pytest.mark.parametrize("kl_coef", record.KL_COEFS)
+@pytest.mark.parametrize("seed", record.SEEDS)
+def test_recorded_runs_were_made_with_the_settings_of_today(kl_coef, seed):
+    folder, today = RUNS / record.run_name(kl_coef, seed), settings_of(record.run_words(kl_coef, seed))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    sections = [section for name, section in config.items() if isinstance(section, dict) and name != "made_by"]
+    recorded = {name: value for section in sections for name, value in section.items()}
+    assert set(today) - set(recorded) <= SETTINGS_SINCE
+    assert recorded == recorded | {name: value for name, value in today.items() if name not in SETTINGS_SINCE}
+    assert len(read_metrics(folder)) == today["num_iterations"]
 
 
 def test_the_page_of_figures_says_what_was_recorded():
@@ -69,6 +85,40 @@ def test_the_page_of_figures_says_what_was_recorded():
 def test_the_pictures_are_drawn_from_the_recorded_runs(tmp_path):
     record.draw_figures(tmp_path, RUNS)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "figures").glob("*.png")}
+
+
+def test_a_run_is_recorded_by_the_command_that_it_names(monkeypatch, tmp_path):
+    short = "--num-iterations 1 --batch-size 8 --minibatch-size 8 --num-preferences 16 --device cpu".split()
+    type_in = record.type_in
+    monkeypatch.setattr(record, "type_in", lambda folder, *words: type_in(folder, *words, *short))
+    record.record_runs(tmp_path, kl_coefs=(0.5,), seeds=(9,))
+    made = tmp_path / "kl0.5-seed9"
+    assert {path.name for path in made.iterdir()} == set(record.RECORDED_FILES)
+    config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+    typed = ["python", "-m", "rlhf_lessons", *record.run_words(0.5, 9), "--out", "kl0.5-seed9", *short]
+    assert config["made_by"]["command"] == typed and (config["ppo"]["kl_coef"], config["ppo"]["seed"]) == (0.5, 9)
+    with pytest.raises(ValueError, match="^python -m rlhf_lessons run .* failed with exit code 2$"):
+        record.type_in(tmp_path, "run", "--model", "./none")
+
+
+def test_the_shipped_models_come_from_the_commands_that_are_typed(monkeypatch, tmp_path):
+    typed = []
+
+    def type_in(folder, *words):
+        typed.append(list(words))
+        for name, made in record.MADE.items():
+            (folder / made).mkdir(parents=True, exist_ok=True)
+            (folder / made / "from").write_text(name)
+
+    monkeypatch.setattr(record, "type_in", type_in)
+    record.build_assets(tmp_path)
+    assert {path.name: (path / "from").read_text() for path in tmp_path.iterdir()} == {n: n for n in record.MADE}
+    (pretrain, run), config = typed, load_causal_lm(ASSETS / "base").config
+    sizes = dict(layers=config.n_layer, width=config.n_embd, heads=config.n_head, context=config.n_positions)
+    assert settings_of(pretrain) == settings_of(["pretrain"]) | sizes | dict(
+        lm_epochs=1.0, lm_batch_size=64, lm_learning_rate=4e-3
+    )
+    assert settings_of(run) == settings_of(["run"])
 
 
 def test_finished_runs_are_left_as_they_are(tmp_path):
@@ -106,8 +156,14 @@ def test_what_is_not_understood_is_one_line(arguments, capsys):
     assert exit_.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) == 1
 
 
+def test_it_is_run_from_the_repository():
+    run = [sys.executable, "figures/record.py", "--help"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("usage: python figures/record.py "), done.stderr
+
+
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_trained(monkeypatch, tmp_path, capsys):
-    monkeypatch.delattr(record.stages, "pretrain")
+    monkeypatch.delattr(record, "type_in")
     (tmp_path / "file").touch()
     assert record.main(["assets", "--out", str(tmp_path / "file" / "below")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
