@@ -42,7 +42,7 @@ bench: $(READY)         ## speed and memory
 	$(PY) tests/bench $(ARGS)
 
 gpu: $(READY)           ## all that needs a GPU: tests skipped without one, speed, and a run if CORPUS and PREFERENCES are given
-	$(PY) -m pytest tests/test_decoding.py -q
+	$(PY) -m pytest tests/test_static.py -q
 	$(PY) tests/bench --gpu $(ARGS)
 ifdef CORPUS
 	$(PY) -m rlhf_lessons run --preset small --corpus $(CORPUS) --preferences $(PREFERENCES) --out runs/small

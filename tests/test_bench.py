@@ -104,8 +104,8 @@ def test_gae_and_its_peers_compute_the_same(monkeypatch):
             torch.testing.assert_close(mine, other.reshape(mine.shape), atol=1e-4, rtol=1e-4)
 
 
-def test_both_samplers_run_to_the_end():
-    for name in ("sampling_ours", "sampling_generate", "sampling_generate_fast"):
+def test_all_samplers_run_to_the_end():
+    for name in ("sampling_ours", "sampling_static", "sampling_generate", "sampling_generate_fast"):
         channel = Asked(1)
         subjects.SUBJECTS[name](channel, TINY, WORK)
         assert len(channel.answers) == 1
@@ -208,7 +208,8 @@ def fake_measurements():
         "gae": {"gae_ours": rounds(0.0005), "gae_loop": rounds(0.0025), "gae_torchrl": [{"missing": "torchrl"}]},
         "sampling": {
             "7.6 M": dict(
-                sampling_ours=rounds(1.0), sampling_generate=rounds(1.5), sampling_generate_fast=rounds(1.2)
+                sampling_ours=rounds(1.0), sampling_static=rounds(0.5), sampling_generate=rounds(1.5),
+                sampling_generate_fast=rounds(1.2),
             )
         },
         "ppo": {
@@ -226,6 +227,7 @@ def test_the_table_holds_the_ratios():
         "| `--help` | 2.20 | 1.10 |",
         "| the plain loop | 2500 | 5.00 | 5.00 |",
         "| torchrl, vectorised | – | – | – |",
+        "| 7.6 M | `StaticSampler` | 3072 | 0.50 | 0.50 |",
         "| 7.6 M | `generate` with scores | 1024 | 1.50 | 1.50 |",
         "| 7.6 M | TRL 1.12 | 3.00 | 512 | 1.00 | 1.00 | 800 | 1.00 | 16 |",
         "| 7.6 M | shared trunk | 1.00 | 1536 | 3.00 | 3.00 | 400 | 0.50 | 16 |",
@@ -233,6 +235,7 @@ def test_the_table_holds_the_ratios():
         "| PPO, shared trunk: peak memory, of TRL's | 0.50 |",
         "| PPO, separate critic: tokens/s, times TRL's | 1.50 |",
         "| sampling: tokens/s, times `generate`'s | 1.50 |",
+        "| sampling, fixed shapes: tokens/s, times `generate`'s | 3.00 |",
     ):
         assert row in text.splitlines(), row
 

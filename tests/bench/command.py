@@ -12,10 +12,10 @@ from pathlib import Path
 
 import accelerate
 import torch
-from rlhf_lessons.report import versions
 
 from bench.tables import markdown
 from bench.workload import GPU_WORK, Work
+from rlhf_lessons.app.run_folder import versions
 
 COMMAND = "python tests/bench"
 PARTS = ("startup", "gae", "sampling", "ppo")
@@ -103,7 +103,8 @@ def measure(parts: tuple[str, ...], *, rounds: int, gpu: bool) -> dict:
         measured["gae"] = interleave(("gae_ours", "gae_loop", "gae_torchrl"), None, asdict(Work()), rounds)
     if "sampling" in parts:
         say("sampling")
-        subjects = ("sampling_ours", "sampling_generate", "sampling_generate_fast") + ("sampling_replay",) * gpu
+        subjects = ("sampling_ours", "sampling_static", "sampling_generate", "sampling_generate_fast")
+        subjects += ("sampling_replay",) * gpu
         shapes = ("124 M",) if gpu else ("0.87 M", "7.6 M", "82 M")
         measured["sampling"] = {shape: interleave(subjects, shape, work, rounds) for shape in shapes}
     if "ppo" in parts:

@@ -49,9 +49,9 @@ def gae_torchrl(channel: Channel, shape: Shape | None, work: Work) -> None:
 # --- sampling -------------------------------------------------------------------------------------
 
 
-def sampling_inputs(shape: Shape, work: Work):
+def sampling_inputs(shape: Shape, work: Work, *, as_saved: bool = False):
     """A model on the device, and prompts whose first tokens are padding in every third row."""
-    lm = workload.language_model(shape).to(work.device).eval()
+    lm = workload.language_model(shape, as_saved=as_saved).to(work.device).eval()
     ids = torch.randint(3, shape.vocabulary, (work.rows, work.prompt_tokens), device=work.device)
     mask = torch.ones_like(ids)
     mask[::3, : work.prompt_tokens // 4] = 0
@@ -62,34 +62,37 @@ def autocast(work: Work):
     return torch.autocast(work.device, torch.bfloat16, enabled=work.precision == "bf16")
 
 
-def our_sampler(shape: Shape, work: Work):
-    """The sampler that the trainer would take, and a call of it."""
-    from rlhf_lessons.decoding import StaticSampler
-
-    from rlhf_lessons.models import with_fast_gelu
-    from rlhf_lessons.rollout import sample_responses
-
+def call_of(sampler: Callable, shape: Shape, work: Work) -> Callable[[], None]:
+    """A batch of responses by one of our samplers."""
     lm, ids, mask = sampling_inputs(shape, work)
-    with_fast_gelu(lm)
-    sampler = StaticSampler() if work.device == "cuda" else sample_responses
-    generator = torch.Generator(work.device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     options = dict(max_new_tokens=work.new_tokens, eos_id=NEVER, pad_id=PAD, generator=generator)
 
     def sample() -> None:
         with autocast(work):
             sampler(lm, ids, mask.bool(), **options)
 
-    return sampler, sample
+    return sample
 
 
 def sampling_ours(channel: Channel, shape: Shape, work: Work) -> None:
-    channel.serve(our_sampler(shape, work)[1])
+    from rlhf_lessons.generation import sample_responses
+
+    channel.serve(call_of(sample_responses, shape, work))
+
+
+def sampling_static(channel: Channel, shape: Shape, work: Work) -> None:
+    from rlhf_lessons.engines.static import StaticSampler
+
+    channel.serve(call_of(StaticSampler(), shape, work))
 
 
 def sampling_replay(channel: Channel, shape: Shape, work: Work) -> None:
     """A response's steps after its first token, replayed from their graph with nothing else done: the limit."""
-    sampler, sample = our_sampler(shape, work)
-    sample()
+    from rlhf_lessons.engines.static import StaticSampler
+
+    sampler = StaticSampler()
+    call_of(sampler, shape, work)()
     (decoder,) = sampler.decoders.values()
 
     def replay() -> None:
@@ -103,11 +106,7 @@ def sampling_replay(channel: Channel, shape: Shape, work: Work) -> None:
 
 
 def sampling_generate(channel: Channel, shape: Shape, work: Work, *, fast: bool = False) -> None:
-    from rlhf_lessons.models import with_fast_gelu
-
-    lm, ids, mask = sampling_inputs(shape, work)
-    if fast:
-        with_fast_gelu(lm)
+    lm, ids, mask = sampling_inputs(shape, work, as_saved=not fast)
     options = dict(max_new_tokens=work.new_tokens, do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
     options |= dict(pad_token_id=PAD, eos_token_id=[], return_dict_in_generate=True, output_scores=True)
 
@@ -132,8 +131,8 @@ class Phases:
 
     def __init__(self, trainer, read: Callable[[], float]) -> None:
         self.read, self.measured = read, {}
-        sample = trainer.sample
-        trainer.sample = self.metered("sampling", lambda *args, **options: sample(*args, **options | {"eos_id": NEVER}))
+        draw = trainer.sampler
+        trainer.sampler = self.metered("sampling", lambda *args, **options: draw(*args, **options | {"eos_id": NEVER}))
         trainer.rollout = self.metered("rollout", trainer.rollout)
         trainer.update = self.metered("update", trainer.update)
 
@@ -157,7 +156,8 @@ class Phases:
 
 
 def trainer_for(shape: Shape, work: Work, critic: str):
-    """This package's trainer for an iteration of that work."""
+    """This package's trainer for an iteration of that work; on a GPU it samples with fixed shapes."""
+    from rlhf_lessons.engines.static import StaticSampler
     from rlhf_lessons.models import CausalLMWithValueHead, RewardModel
     from rlhf_lessons.trainer import PPOConfig, PPOTrainer
 
@@ -170,6 +170,7 @@ def trainer_for(shape: Shape, work: Work, critic: str):
     return PPOTrainer(
         settings, policy, workload.language_model(shape), RewardModel(workload.classifier(shape)),
         workload.prompts(shape, work, 4 * work.rows), workload.tokenizer(shape),
+        sampler=StaticSampler() if work.device == "cuda" else None,
     )  # fmt: skip
 
 
@@ -194,10 +195,10 @@ def ppo_flops(channel: Channel, shape: Shape, work: Work, *, critic: str = "shar
     """Floating-point operations by phase, counted in a process of its own: counting takes time and memory."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from rlhf_lessons.rollout import sample_responses
+    from rlhf_lessons.generation import sample_responses
 
     trainer = trainer_for(shape, work, critic)
-    trainer.sample = sample_responses  # the same operations, none of them hidden in a graph
+    trainer.sampler = sample_responses  # the same operations, none of them hidden in a graph
 
     if channel.wait():
         with FlopCounterMode(display=False) as counter:
@@ -243,9 +244,10 @@ def ppo_trl(channel: Channel, shape: Shape, work: Work) -> None:
     )  # fmt: skip
     rounds = Rounds()
     trainer = PPOTrainer(
-        args=arguments, processing_class=tokenizer, model=workload.language_model(shape),
-        ref_model=workload.language_model(shape), reward_model=workload.classifier(shape),
-        value_model=workload.classifier(shape), train_dataset=Dataset.from_list(ids), callbacks=[rounds],
+        args=arguments, processing_class=tokenizer, model=workload.language_model(shape, as_saved=True),
+        ref_model=workload.language_model(shape, as_saved=True),
+        reward_model=workload.classifier(shape, as_saved=True), value_model=workload.classifier(shape, as_saved=True),
+        train_dataset=Dataset.from_list(ids), callbacks=[rounds],
     )  # fmt: skip
 
     def count(*_) -> None:
@@ -277,7 +279,7 @@ def matmul(channel: Channel, shape: Shape | None, work: Work) -> None:
 SUBJECTS = {
     function.__name__: function
     for function in (
-        gae_ours, gae_loop, gae_torchrl, sampling_ours, sampling_replay, sampling_generate, sampling_generate_fast,
-        ppo_ours, ppo_ours_separate, ppo_flops, ppo_flops_separate, ppo_trl, matmul,
+        gae_ours, gae_loop, gae_torchrl, sampling_ours, sampling_static, sampling_replay, sampling_generate,
+        sampling_generate_fast, ppo_ours, ppo_ours_separate, ppo_flops, ppo_flops_separate, ppo_trl, matmul,
     )
 }  # fmt: skip

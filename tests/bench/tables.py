@@ -56,7 +56,7 @@ def in_short(measured: dict) -> list[str]:
 
     def row(label: str, part: str, peer: str, ours: str, figure=median) -> list[str]:
         def cell(rounds: dict[str, list[dict]] | None) -> str:
-            return ratio(figure(rounds[peer]), figure(rounds[ours])) if rounds else ""
+            return ratio(figure(rounds[peer]), figure(rounds[ours])) if rounds and {peer, ours} <= set(rounds) else ""
 
         return [label, *(cell(found[part].get(size)) for size in sizes)]
 
@@ -69,6 +69,7 @@ def in_short(measured: dict) -> list[str]:
         row("PPO, shared trunk: peak memory, of TRL's", "ppo", "ppo_ours", "ppo_trl", peak),
         row("PPO, separate critic: peak memory, of TRL's", "ppo", "ppo_ours_separate", "ppo_trl", peak),
         row("sampling: tokens/s, times `generate`'s", "sampling", "sampling_generate", "sampling_ours"),
+        row("sampling, fixed shapes: tokens/s, times `generate`'s", "sampling", "sampling_generate", "sampling_static"),
     ]
     return table(["parameters", *sizes], [r for r in rows if any(r[1:])])
 
@@ -106,15 +107,18 @@ def sampling_rows(measured: dict) -> list[str]:
         ours = found["sampling_ours"]
         for name, label in (
             ("sampling_ours", "`sample_responses`"),
+            ("sampling_static", "`StaticSampler`"),
             ("sampling_generate", "`generate` with scores"),
             ("sampling_generate_fast", "the same with this activation"),
         ):
+            if name not in found:
+                continue
             seconds = median(found[name])
             rows.append([shape, label, number(seconds and work.tokens / seconds, digits=0), *ratios(found[name], ours)])
         if replay := median(found.get("sampling_replay")):
-            share = (median(ours) / work.new_tokens) / (replay / (work.new_tokens - 1))
+            share = (median(found["sampling_static"]) / work.new_tokens) / (replay / (work.new_tokens - 1))
             rows.append([shape, "a step, the prompt's share in it, over a replay of its graph", number(share), "", ""])
-    note = "A GPT-2 checkpoint's activation is computed in seven calls; the trainer computes the same function faster."
+    note = "A GPT-2 checkpoint's activation is computed in seven calls; loaded here, in one."
     return ["## Sampling", "", note, ""] + table(
         ["parameters", "", "tokens/s", "ratio", "ratio in CPU seconds"], rows
     )  # fmt: skip

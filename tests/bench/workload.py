@@ -52,22 +52,27 @@ class Work:
 GPU_WORK = Work(rows=512, prompt_tokens=16, new_tokens=48, device="cuda", precision="bf16")
 
 
-def settings(shape: Shape) -> dict:
-    """The configuration of a GPT-2 checkpoint of this shape; its activation is GPT-2's own."""
+def settings(shape: Shape, *, as_saved: bool) -> dict:
+    """The configuration of a GPT-2 of this shape.
+
+    as_saved: with the activation as GPT-2's checkpoints name it and peers load it, in seven operations; this package
+    loads them with PyTorch's single one.
+    """
+    activation = "gelu_new" if as_saved else "gelu_pytorch_tanh"
     return dict(
         vocab_size=shape.vocabulary, n_positions=shape.context, n_embd=shape.width, n_layer=shape.layers,
-        n_head=shape.heads, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+        n_head=shape.heads, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, activation_function=activation,
     )  # fmt: skip
 
 
-def language_model(shape: Shape):
+def language_model(shape: Shape, *, as_saved: bool = False):
     """The same weights at every call."""
-    return random_gpt2(seed=0, **settings(shape))
+    return random_gpt2(seed=0, **settings(shape, as_saved=as_saved))
 
 
-def classifier(shape: Shape):
+def classifier(shape: Shape, *, as_saved: bool = False):
     """A trunk with one output: a reward model, or a critic of its own."""
-    return random_gpt2(seed=1, classifier=True, **settings(shape))
+    return random_gpt2(seed=1, classifier=True, **settings(shape, as_saved=as_saved))
 
 
 def tokenizer(shape: Shape):
