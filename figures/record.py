@@ -26,7 +26,7 @@ from rlhf_lessons.models import ASSETS, load_causal_lm, load_reward_model, load_
 from rlhf_lessons.scoring import preference_accuracy
 
 BASE_MODEL = (
-    "pretrain --layers 2 --width 96 --heads 4 --context 48 --lm-epochs 1 --lm-batch-size 64 --lm-learning-rate 0.004"
+    "pretrain --layers 2 --width 96 --heads 3 --context 48 --lm-epochs 1 --lm-batch-size 64 --lm-learning-rate 0.004"
 ).split()
 MADE = {"base": "base/base_model", "reward_model": "run/reward_model", "aligned": "run/policy"}  # shipped name -> where
 TOLERANCES = {"perplexity": 0.2, "accuracy": 0.04, "gold": 0.5}  # between a rebuilt asset and the shipped one
@@ -53,7 +53,7 @@ def build_assets(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before anything is trained
     with tempfile.TemporaryDirectory() as scratch:
         type_in(Path(scratch), *BASE_MODEL, "--out", "base")
-        type_in(Path(scratch), "run", "--model", MADE["base"], "--out", "run")
+        type_in(Path(scratch), "run", "--model", MADE["base"], "--threads", "1", "--out", "run")
         for name, made in MADE.items():
             shutil.copytree(Path(scratch, made), folder / name, dirs_exist_ok=True)
 

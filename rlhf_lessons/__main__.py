@@ -19,10 +19,11 @@ def run_stage(arguments: argparse.Namespace) -> None:
     """`run`, `pretrain`, `reward` or `ppo`, into one folder."""
     from rlhf_lessons.app import inputs, pipeline
     from rlhf_lessons.app.run_folder import RunFolder
-    from rlhf_lessons.device import keep_freed_memory
+    from rlhf_lessons.device import keep_freed_memory, use_threads
     from rlhf_lessons.display import say
 
     keep_freed_memory()
+    use_threads(threads_of(arguments))
     settings = settings_from(arguments)
     folder = RunFolder(arguments.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     say(f"run folder: {folder.path}")
@@ -39,6 +40,15 @@ def run_stage(arguments: argparse.Namespace) -> None:
     print(f"\nwritten to {made}")
 
 
+def threads_of(arguments: argparse.Namespace) -> int | None:
+    """The threads asked for. The tiny world takes one: it gains little by a second and, beside other work, loses much.
+
+    And on one thread a seed gives everybody with such a processor the same numbers.
+    """
+    tiny = all(getattr(arguments, name, None) is None for name in ("model", "corpus"))
+    return 1 if arguments.threads is None and tiny else arguments.threads
+
+
 def print_summary(folder: Path, summary: dict[str, Any]) -> None:
     """What came of the run: its samples, then before and after."""
     print((folder / "samples.md").read_text(encoding="utf-8"))
@@ -53,7 +63,9 @@ def show_samples(arguments: argparse.Namespace) -> None:
     """`sample`: two models' responses to the same prompts."""
     from rlhf_lessons.app import inputs, pipeline
     from rlhf_lessons.app.run_folder import samples_table
+    from rlhf_lessons.device import use_threads
 
+    use_threads(threads_of(arguments))
     print(samples_table(pipeline.side_by_side(inputs.resolve(arguments), arguments)))
 
 

@@ -36,14 +36,9 @@ def next_values(values: Tensor, mask: Tensor, terminated: Tensor | None, bootstr
 
 
 def td_residuals(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None = None,
-    *,
-    gamma: float,
-    terminated: Tensor | None = None,
-    bootstrap_value: Tensor | None = None,
-) -> Tensor:
+    rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
+    gamma: float, terminated: Tensor | None = None, bootstrap_value: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One step's surprise: what came plus what is now expected, minus what was expected.
 
         δ_t = r_t + γ V(s_{t+1}) − V(s_t)                                                               (Eq. 5.1)
@@ -60,15 +55,9 @@ def td_residuals(
 
 
 def n_step_advantages(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None = None,
-    *,
-    gamma: float,
-    n: int,
-    terminated: Tensor | None = None,
-    bootstrap_value: Tensor | None = None,
-) -> Tensor:
+    rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
+    gamma: float, n: int, terminated: Tensor | None = None, bootstrap_value: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Look n steps ahead, then trust the critic.
 
         A⁽ⁿ⁾_t = Σ_{k<n} γ^k r_{t+k} + γⁿ V(s_{t+n}) − V(s_t) = Σ_{k<n} γ^k δ_{t+k}                     (Eq. 5.2)
@@ -88,15 +77,9 @@ def n_step_advantages(
 
 
 def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None = None,
-    *,
-    gamma: float,
-    lam: float,
-    terminated: Tensor | None = None,
-    bootstrap_value: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
+    gamma: float, lam: float, terminated: Tensor | None = None, bootstrap_value: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Generalised advantage estimation, all steps at once.
 
         Â_t = Σ_k (γλ)^k δ_{t+k},   R̂_t = Â_t + V(s_t)                                                  (Eq. 5.4)
@@ -114,15 +97,9 @@ def gae(
 
 
 def gae_recursion(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None = None,
-    *,
-    gamma: float,
-    lam: float,
-    terminated: Tensor | None = None,
-    bootstrap_value: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    rewards: Tensor, values: Tensor, mask: Tensor | None = None, *,
+    gamma: float, lam: float, terminated: Tensor | None = None, bootstrap_value: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Generalised advantage estimation as its recursion is written, from the last step back.
 
         Â_t = δ_t + γλ Â_{t+1},   Â after an episode's end = 0                                          (Eq. 5.3)

@@ -98,13 +98,9 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int
 
 
 def encode_prompts(
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str | Mapping[str, Any]],
-    *,
-    max_new_tokens: int,
-    context: float,
-    whose: str = "the model",
-) -> list[list[int]]:
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Mapping[str, Any]], *,
+    max_new_tokens: int, context: float, whose: str = "the model",
+) -> list[list[int]]:  # fmt: skip
     """Token ids of each prompt, a text or a record with one.
 
     Raises ValueError, naming its place, for a prompt that leaves a response no room in the context, or for no prompts.

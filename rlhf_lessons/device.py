@@ -58,6 +58,17 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def use_threads(threads: int | None) -> None:
+    """Let PyTorch take this many threads of the CPU, or as many as it likes (None). For the start of a process.
+
+    Raises ValueError for less than one.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads must be a whole number >= 1; got {threads}")
+        torch.set_num_threads(threads)
+
+
 def keep_freed_memory() -> None:
     """Teach glibc to keep freed blocks of up to 31 MB for the next iteration; for the start of a process.
 

@@ -158,13 +158,8 @@ def sequence_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def exact_values(
-    token_log_probs: Tensor,
-    rewards: Tensor,
-    sequences: Tensor,
-    mask: Tensor | None = None,
-    *,
-    gamma: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    token_log_probs: Tensor, rewards: Tensor, sequences: Tensor, mask: Tensor | None = None, *, gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """V, Q and A at each step of each enumerated sequence.
 
     With G_t = Σ_{t'≥t} γ^(t'−t) r_t':   V(s_t) = E[G_t | s_t],   Q(s_t, a_t) = E[G_t | s_t, a_t],
@@ -242,14 +237,9 @@ class TabularPolicy(nn.Module):
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        length: int,
-        *,
-        eos_id: int | None = None,
-        scale: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> None:
+        self, vocab_size: int, length: int, *,
+        eos_id: int | None = None, scale: float = 1.0, generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         _check_sizes(vocab_size, length, eos_id)
         self.vocab_size, self.length, self.eos_id = vocab_size, length, eos_id

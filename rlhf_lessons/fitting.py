@@ -41,19 +41,10 @@ def length_batches(lengths: list[int], batch_size: int, generator: torch.Generat
 
 
 def fit(
-    model: nn.Module,
-    loss_of: Callable[[list[int]], Tensor],
-    lengths: list[int],
-    *,
-    epochs: float,
-    batch_size: int,
-    learning_rate: float,
-    weight_decay: float = 0.01,
-    seed: int = 0,
-    device: torch.device,
-    precision: str = "no",
-    on_step: OnStep | None = None,
-) -> list[float]:
+    model: nn.Module, loss_of: Callable[[list[int]], Tensor], lengths: list[int], *,
+    epochs: float, batch_size: int, learning_rate: float, weight_decay: float = 0.01, seed: int = 0,
+    device: torch.device, precision: str = "no", on_step: OnStep | None = None,
+) -> list[float]:  # fmt: skip
     """Minimise loss_of(row numbers) with AdamW, learning rate warmed up over 5 % of the steps, then linear to 0.
 
     on_step(step, steps, loss) is called after each step. Returns the losses. Raises FloatingPointError for one that is
@@ -99,19 +90,10 @@ def language_model_loss(lm: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def fit_language_model(
-    lm: nn.Module,
-    texts: Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    epochs: float,
-    batch_size: int = 64,
-    learning_rate: float = 3e-3,
-    max_length: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    precision: str = "no",
-    on_step: OnStep | None = None,
-) -> list[float]:
+    lm: nn.Module, texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *,
+    epochs: float, batch_size: int = 64, learning_rate: float = 3e-3, max_length: int | None = None, seed: int = 0,
+    device: str = "auto", precision: str = "no", on_step: OnStep | None = None,
+) -> list[float]:  # fmt: skip
     """Train on next-token prediction, each text a row with EOS at its end. Returns the losses, in nats per token.
 
     Texts longer than max_length tokens are cut there, without an EOS.
@@ -139,18 +121,10 @@ def fit_language_model(
 
 
 def fit_reward_model(
-    reward_model: nn.Module,
-    preferences: Sequence[Mapping[str, str]],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    epochs: float = 1,
-    batch_size: int = 32,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
-    device: str = "auto",
-    precision: str = "no",
-    on_step: OnStep | None = None,
-) -> list[float]:
+    reward_model: nn.Module, preferences: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase", *,
+    epochs: float = 1, batch_size: int = 32, learning_rate: float = 1e-3, seed: int = 0, device: str = "auto",
+    precision: str = "no", on_step: OnStep | None = None,
+) -> list[float]:  # fmt: skip
     """Train on preferences, {"prompt", "chosen", "rejected"}, by the Bradley–Terry loss. Returns the losses.
 
     One epoch by default: reward models overfit quickly. Afterwards its scores on these texts have mean 0, variance 1.

@@ -119,17 +119,9 @@ def sample_tokens(logits: Tensor, u: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_responses(
-    lm: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    max_new_tokens: int,
-    eos_id: int | Sequence[int],
-    pad_id: int,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-    uniforms: Tensor | None = None,
-) -> Responses:
+    lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, max_new_tokens: int, eos_id: int | Sequence[int],
+    pad_id: int, temperature: float = 1.0, generator: torch.Generator | None = None, uniforms: Tensor | None = None,
+) -> Responses:  # fmt: skip
     """Continue each prompt with tokens drawn from softmax(logits / temperature), until EOS or max_new_tokens.
 
     lm: any Hugging Face causal language model; input_ids, attention_mask (B, P), padded on the left; eos_id: the token
@@ -214,16 +206,10 @@ def new_kv_cache(lm: nn.Module, length: int) -> "DynamicCache":
 
 
 def sample_batch(
-    lm: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    sample: Callable[..., Responses] | None = None,
-    group: Tensor | None = None,
-    records: Sequence[Mapping[str, Any]] | None = None,
-    uniforms: Tensor | None = None,
-    **options: Any,
-) -> Samples:
+    lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, *,
+    sample: Callable[..., Responses] | None = None, group: Tensor | None = None,
+    records: Sequence[Mapping[str, Any]] | None = None, uniforms: Tensor | None = None, **options: Any,
+) -> Samples:  # fmt: skip
     """Prompts (B, P) with a response each, by `sample_responses` or what takes its place.
 
     group (B,): the draw that each row answers, each its own without it; records: the rows' prompts with their columns;
@@ -247,15 +233,9 @@ def sample_batch(
 
 
 def respond(
-    lm: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str | Mapping[str, Any]],
-    *,
-    max_new_tokens: int = 24,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-    batch_size: int = 512,
-) -> list[str]:
+    lm: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Mapping[str, Any]], *,
+    max_new_tokens: int = 24, temperature: float = 1.0, generator: torch.Generator | None = None, batch_size: int = 512,
+) -> list[str]:  # fmt: skip
     """A sampled response to each prompt, as text. Raises ValueError for a prompt too long for the model's context."""
     encoded = encode_prompts(tokenizer, prompts, max_new_tokens=max_new_tokens, context=context_of(lm))
     texts = []

@@ -100,16 +100,9 @@ class GridWorld:
     """
 
     def __init__(
-        self,
-        text: str,
-        *,
-        slip: float = 0.0,
-        step_reward: float = 0.0,
-        goal_reward: float = 1.0,
-        pit_reward: float = -1.0,
-        gamma: float = 0.95,
-        actions: tuple[str, ...] = tuple(MOVES),
-    ) -> None:
+        self, text: str, *, slip: float = 0.0, step_reward: float = 0.0, goal_reward: float = 1.0,
+        pit_reward: float = -1.0, gamma: float = 0.95, actions: tuple[str, ...] = tuple(MOVES),
+    ) -> None:  # fmt: skip
         _check_map(text)
         _check_settings(slip, gamma, actions)
         self.text, self.gamma, self.actions = text, gamma, tuple(actions)
@@ -224,12 +217,8 @@ class GridWorld:
         return torch.where(self.terminal, 0.0, torch.stack(visits))
 
     def optimal_values(
-        self,
-        *,
-        horizon: int | None = None,
-        tolerance: float = 1e-12,
-        max_sweeps: int = 100_000,
-    ) -> tuple[Tensor, Tensor]:
+        self, *, horizon: int | None = None, tolerance: float = 1e-12, max_sweeps: int = 100_000,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """V* and Q* by value iteration; `Q.argmax(-1)` is an optimal policy.
 
         V(s) ← max_a Σ_s' P(s'|s,a) [r(s,a,s') + γ V(s')], until no value moves by `tolerance`, or

@@ -105,16 +105,9 @@ def response_values(policy: nn.Module, samples: Samples, config: TrainerConfig) 
 
 @torch.no_grad()
 def collect(
-    lm: nn.Module,
-    reference: nn.Module,
-    scorer: Scorer,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    config: TrainerConfig,
-    sample: Callable[..., Responses] = sample_responses,
-    **options: Any,
-) -> Rollout:
+    lm: nn.Module, reference: nn.Module, scorer: Scorer, input_ids: Tensor, attention_mask: Tensor, *,
+    config: TrainerConfig, sample: Callable[..., Responses] = sample_responses, **options: Any,
+) -> Rollout:  # fmt: skip
     """The facts of one batch: sampled by the policy's language model, read by the reference, scored.
 
     input_ids, attention_mask (B, P): prompts, padded on the left; options: the others of `sample_batch`.
@@ -146,19 +139,10 @@ def ppo_credit(rollout: Rollout, values: Tensor, *, config: PPOConfig, kl_coef: 
 
 
 def collect_rollout(
-    policy: nn.Module,
-    reference: nn.Module,
-    score: Scorer | Callable[[Tensor, Tensor, Tensor], Tensor],
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    config: PPOConfig,
-    kl_coef: float,
-    eos_id: int,
-    pad_id: int,
-    generator: torch.Generator | None = None,
-    sample: Callable[..., Responses] = sample_responses,
-) -> RolloutBatch:
+    policy: nn.Module, reference: nn.Module, score: Scorer | Callable[[Tensor, Tensor, Tensor], Tensor],
+    input_ids: Tensor, attention_mask: Tensor, *, config: PPOConfig, kl_coef: float, eos_id: int, pad_id: int,
+    generator: torch.Generator | None = None, sample: Callable[..., Responses] = sample_responses,
+) -> RolloutBatch:  # fmt: skip
     """One batch of PPO's, from prompts to advantages: `collect`, then `ppo_credit`.
 
     policy: a `CausalLMWithValueHead`; reference: the frozen language model; score: a `Scorer`, or a function (tokens,

@@ -99,13 +99,9 @@ def missing_eos_scores(scores: Tensor, ended: Tensor, *, penalty: float, mode: s
 
 @torch.no_grad()
 def score_texts(
-    reward_model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    *,
+    reward_model: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], responses: Sequence[str], *,
     batch_size: int = 256,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """A reward model's scores (N,) of texts, on the CPU. Every response is read with an EOS at its end.
 
     Raises ValueError for a text longer than the model's context.

@@ -339,13 +339,9 @@ def gold_reward(prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
 
 
 def annotate_pairs(
-    prompts: Sequence[str],
-    responses_a: Sequence[str],
-    responses_b: Sequence[str],
-    generator: torch.Generator,
-    *,
+    prompts: Sequence[str], responses_a: Sequence[str], responses_b: Sequence[str], generator: torch.Generator, *,
     temperature: float = ANNOTATOR_TEMPERATURE,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Choose between two responses to each prompt: -> (B,) bool, True where a is chosen.
 
     P(a ≻ b) = σ((gold_a − gold_b) / temperature), a Bradley–Terry choice (Bradley & Terry 1952).
@@ -359,13 +355,9 @@ def annotate_pairs(
 
 
 def preference_pairs(
-    prompts: Sequence[str],
-    responses_a: Sequence[str],
-    responses_b: Sequence[str],
-    generator: torch.Generator,
-    *,
+    prompts: Sequence[str], responses_a: Sequence[str], responses_b: Sequence[str], generator: torch.Generator, *,
     temperature: float = ANNOTATOR_TEMPERATURE,
-) -> list[dict[str, str]]:
+) -> list[dict[str, str]]:  # fmt: skip
     """Annotated pairs as a list of dicts with `prompt`, `chosen`, `rejected`."""
     choices = annotate_pairs(prompts, responses_a, responses_b, generator, temperature=temperature)
     return [

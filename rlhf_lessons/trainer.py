@@ -76,18 +76,11 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        config: TrainerConfig,
-        policy: nn.Module,
-        reference: nn.Module,
-        scorer: Scorer | nn.Module | Callable[..., Any],
-        prompts: Sequence[str | Mapping[str, Any]],
-        tokenizer: "PreTrainedTokenizerBase",
-        *,
-        sampler: Callable[..., Responses] | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-    ) -> None:
+        self, config: TrainerConfig, policy: nn.Module, reference: nn.Module,
+        scorer: Scorer | nn.Module | Callable[..., Any], prompts: Sequence[str | Mapping[str, Any]],
+        tokenizer: "PreTrainedTokenizerBase", *, sampler: Callable[..., Responses] | None = None,
+        optimizer: torch.optim.Optimizer | None = None, scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.tokenizer = config, tokenizer
         self.accelerator = make_accelerator(config.device)
         self.device, processes = self.accelerator.device, self.accelerator.num_processes

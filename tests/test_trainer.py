@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from rlhf_lessons import fitting
 from rlhf_lessons.data import encode_prompt, encode_response
+from rlhf_lessons.device import make_accelerator
 from rlhf_lessons.models import RewardModel
 from rlhf_lessons.trainer import PPOConfig, fit_language_model, fit_reward_model
 

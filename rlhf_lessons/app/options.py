@@ -139,6 +139,11 @@ def add_command(commands: Any, name: str, help: str, *sources: str) -> Parser:
         )  # fmt: skip
         for section, names in USES[name].items():
             add_settings(sub, section, names)
+    if sources:
+        sub.add_argument(
+            "--threads", type=int, metavar="N",
+            help="of the CPU (default: 1 with the tiny world's own models, else as many as PyTorch takes)",
+        )  # fmt: skip
     return sub
 
 

@@ -49,7 +49,7 @@ def write_config(folder: RunFolder, inputs: Inputs, settings: Settings, argument
         for section, names in USES[arguments.command].items()
     }
     others = {name: getattr(arguments, name) for name in ("critic", "sampler", "opening_words") if name in arguments}
-    folder.write_config({"sources": inputs.given, **read, **others})
+    folder.write_config({"sources": inputs.given, **read, **others, "threads": torch.get_num_threads()})
 
 
 def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def compare(
         samples = sample_batch(
             lm, input_ids.to(lm.device), mask.to(lm.device), records=records, max_new_tokens=config.max_new_tokens,
             temperature=config.temperature, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-            generator=torch.Generator(lm.device).manual_seed(config.seed),
+            generator=torch.Generator().manual_seed(config.seed),
         )  # fmt: skip
         texts = samples.texts(tokenizer)[1]
         with torch.no_grad():
