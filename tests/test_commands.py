@@ -160,8 +160,8 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
         (f"{RUN} --context 4", "context must be more than max_new_tokens = 4; got 4"),
         # models
         (f"{PPO} --model pad_is_eos", "tokenizer must not use its EOS token as padding"),
-        (f"{PPO} --model headless", "headless has no language-model head"),
-        (f"{PPO} --model reward", "reward has no language-model head"),
+        (f"{PPO} --model headless", "headless must hold a model with a language-model head"),
+        (f"{PPO} --model reward", "reward must hold a model with a language-model head"),
         (f"{PPO} --model ./none", "./none: no such folder"),
         (f"{PPO} --model nothing", "cannot load a model from 'nothing'"),
         (f"{PPO} --model nobody/nothing", "cannot load a model from 'nobody/nothing': We couldn't connect"),
@@ -170,7 +170,7 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
         (f"{PPO} --model no_tokenizer", "no_tokenizer: no tokenizer is saved there"),
         (f"{PPO} --model corrupt_tokenizer", "cannot load a tokenizer from 'corrupt_tokenizer'"),
         (f"{PPO} --model longer", "longer: its tokenizer has 10 tokens, its model embeds 8; .*resize_token_emb"),
-        ("ppo --model lm --prompts prompts.txt --reward-model lm", "lm is no reward model: its checkpoint lacks score"),
+        ("ppo --model lm --prompts prompts.txt --reward-model lm", "lm must hold a reward model; got a checkp"),
         ("ppo --model lm --prompts prompts.txt --reward-model short_reward", "prompts.txt, line 2: .* reward model's"),
         # a score of one's own
         (f"{PPO} --reward-model reward", "give --score or --reward-model, not both"),

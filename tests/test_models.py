@@ -308,6 +308,16 @@ def test_a_checkpoints_activation_is_asked_for_by_its_faster_name(written, read,
     assert f'"activation_function": "{read}"' in (tmp_path / "again" / "config.json").read_text()
 
 
+def test_the_caller_s_models_keep_their_own_modules(make_lm, make_policy, make_reward_model, make_trainer):
+    """Activations above all: what a trainer or a reward model is made from may be in use elsewhere."""
+    parts = [make(activation_function="gelu_new") for make in (make_policy, make_lm, make_reward_model)]
+    before = [[*map(id, part.modules())] for part in parts]
+    RewardModel(parts[2].classifier)
+    RewardModel.from_causal_lm(parts[1], pad_token_id=PAD)
+    make_trainer(*parts).step()
+    assert [[*map(id, part.modules())] for part in parts] == before
+
+
 def test_language_model_is_no_reward_model(make_lm, tmp_path):
     make_lm().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must hold a reward model; got a checkpoint without score.weight"):
