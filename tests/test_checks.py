@@ -923,7 +923,7 @@ def test_the_healthy_run_is_healthy(healthy):
         ("wrong_temperature", lambda h, ok: min(step["first_ratio_error"] for step in h) > 0.05),
         ("critic_not_trained", lambda h, ok: all(abs(step["explained_variance"]) < 1e-5 for step in h)),
         ("entropy_sign", lambda h, ok: max(step["entropy"] for step in h[10:]) < 0.3),
-        ("kl_sign", lambda h, ok: last(h, "reward") > last(h, "score") + 1 and last(h, "kl") > 1.5 * last(ok, "kl")),
+        ("kl_sign", lambda h, ok: last(h, "reward") > last(h, "score") + 1 and last(h, "kl") > 1.25 * last(ok, "kl")),
     ],
 )
 def test_each_symptom_shows_in_its_run_alone(fault, symptom, runs, healthy):
