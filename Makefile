@@ -12,8 +12,8 @@ help:                   ## this list
 ppo: $(READY)           ## align the tiny language model and write its report
 	$(PY) -m rlhf_lessons run $(ARGS)
 
-# Two processes on two cores: more threads than that would wait for each other.
-test proof notebooks mutants: export OMP_NUM_THREADS = 1
+# One thread each: two processes on two cores would wait for each other, and the lessons' numbers are those of one.
+test proof notebooks lab mutants: export OMP_NUM_THREADS = 1
 
 test: $(READY)          ## unit tests, then every notebook
 	$(PY) -m pytest tests -n 2 --dist loadfile -q

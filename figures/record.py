@@ -26,7 +26,8 @@ from rlhf_lessons.models import ASSETS, load_causal_lm, load_reward_model, load_
 from rlhf_lessons.scoring import preference_accuracy
 
 BASE_MODEL = (
-    "pretrain --layers 2 --width 96 --heads 3 --context 48 --lm-epochs 1 --lm-batch-size 64 --lm-learning-rate 0.004"
+    "pretrain --seed 1 --layers 2 --width 96 --heads 3 --context 48 --lm-epochs 1 --lm-batch-size 64 "
+    "--lm-learning-rate 0.004"
 ).split()
 MADE = {"base": "base/base_model", "reward_model": "run/reward_model", "aligned": "run/policy"}  # shipped name -> where
 TOLERANCES = {"perplexity": 0.2, "accuracy": 0.04, "gold": 0.5}  # between a rebuilt asset and the shipped one

@@ -32,3 +32,31 @@ def test_memory_is_kept_by_a_command_alone(monkeypatch, make_trainer, make_lm, t
     package = Path(rlhf_lessons.__file__).parent
     named_in = {path.name for path in package.rglob("*.py") if "keep_freed_memory" in path.read_text(encoding="utf-8")}
     assert named_in == {"device.py", "__main__.py"}
+
+
+@pytest.mark.parametrize(
+    ("options", "threads"),
+    [
+        ("run", [1]),
+        ("pretrain", [1]),
+        ("run --threads 3", [3]),
+        ("run --corpus none.txt", []),
+        ("ppo --model none --score math:prod", []),
+        ("ppo --model none --score math:prod --threads 2", [2]),
+        ("sample --count 0", [1]),
+    ],
+)
+def test_the_tiny_world_takes_one_thread_unless_told_otherwise(options, threads, monkeypatch, tmp_path):
+    """What comes after the start fails at once: the folder to write to is taken, or no response is to be shown."""
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    (tmp_path / "taken").write_text("")
+    command, *others = options.split()
+    out = [] if command == "sample" else ["--out", str(tmp_path)]
+    assert main([command, *others, *out]) == 2
+    assert calls == threads
+
+
+def test_no_thread_at_all_is_refused(capsys):
+    assert main(["run", "--threads", "0"]) == 2
+    assert "threads must be a whole number >= 1; got 0" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,41 @@ def test_the_readme_quotes_one_of_them():
     section = prose(README[README.index("## Two commands") : README.index("<details>")])
     quotes = re.findall(r'"([^"]+)"', re.sub(r"`[^`]+`", "", section))
     assert [quote.strip(" …") for quote in quotes] in shown_answers()
+
+
+# --- The rooms and the details ------------------------------------------------------------------
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PACKAGE = ROOT / "rlhf_lessons"
+ROOMS = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"} | {
+    f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")
+}
+DETAILS = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \| .+ \|$", CONTRIBUTING, re.M)
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_every_room_stands_in_the_readmes_tree_and_in_the_table_of_layers(room):
+    tree = README[README.index("rlhf_lessons/ ") : README.index("tests/     ")]
+    assert re.search(rf"\b{re.escape(room)}(?!\w)", tree)
+    assert re.search(rf"`{re.escape(room)}`", CONTRIBUTING[: CONTRIBUTING.index("One definition")])
+
+
+@pytest.mark.parametrize(("number", "where"), [(number, where) for number, _, where in DETAILS])
+def test_where_a_detail_is_said_to_be_something_is(number, where):
+    """`module`, `module.name`, `module.Class.method`, or a setting of PPO's."""
+    named = re.findall(r"`([\w.]+)`", where)
+    assert named
+    for name in named:
+        module, *path = name.split(".")
+        if not (PACKAGE / f"{module}.py").exists():
+            assert module in {field.name for field in fields(PPOConfig)}, name
+            continue
+        found = import_module(f"rlhf_lessons.{module}")
+        for part in path:
+            found = getattr(found, part)
+
+
+def test_every_detail_is_listed_once_and_marked_by_a_test():
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    marked = {int(number) for number in re.findall(r"mark\.detail\((\d+)\)", tests)}
+    assert [int(number) for number, _, _ in DETAILS] == list(range(1, 38)) == sorted(marked)
