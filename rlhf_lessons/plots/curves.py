@@ -168,13 +168,14 @@ def panel_grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def proxy_and_gold(runs: Runs, *, band: str = "minmax") -> Figure:
-    """Proxy and gold reward over the iterations, in their colours: a panel per run, named above it, on one scale.
+    """Proxy and gold reward over the iterations, in their colours: a panel per run, named above it.
 
-    runs: as in `training_curves`, with `score` and `gold`. Raises ValueError for a run without one of them.
+    Each panel has a scale of its own, for a collapse would press every other curve flat. runs: as in `training_curves`,
+    with `score` and `gold`. Raises ValueError for a run without one of them.
     """
     runs = runs_by_label(runs)
     size = (0.8 + 4.0 * len(runs), 3.7)
-    figure, axes = plt.subplots(1, len(runs), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(runs), figsize=size, layout="constrained", squeeze=False)
     for ax, (label, seeds) in zip(axes.flat, runs.items(), strict=True):
         for name in ("score", "gold"):
             measured = metric_series(seeds, name)
@@ -201,7 +202,7 @@ def overoptimisation(runs: Runs, *, x: str = "sqrt_kl", band: str = "minmax") ->
     runs: as in `training_curves`, with `score`, `gold` and `kl`, labelled by β. x: "sqrt_kl" or "iteration". Over √KL
     several seeds are a cloud, a small point per iteration and a large one where each ends. One run: both rewards on one
     pair of axes.
-    Several: proxy left, gold right, on one scale. Raises ValueError for another x or a missing metric.
+    Several: proxy left, gold right, each on its own scale. Raises ValueError for another x or a missing metric.
     Source: Gao et al. 2023, "Scaling laws for reward model overoptimization", Fig. 1.
     """
     if x not in ("sqrt_kl", "iteration"):
@@ -209,9 +210,7 @@ def overoptimisation(runs: Runs, *, x: str = "sqrt_kl", band: str = "minmax") ->
     runs = runs_by_label(runs)
     several = len(runs) > 1
     size = (9.0, 3.9) if several else (5.6, 3.8)
-    figure, axes = plt.subplots(
-        1, 1 + several, figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False
-    )
+    figure, axes = plt.subplots(1, 1 + several, figsize=size, sharex=True, layout="constrained", squeeze=False)
     panels = dict(zip(("score", "gold"), axes.flat if several else [axes[0, 0]] * 2, strict=True))
     styles = styles_for(list(runs)) if several else {}
     for label, seeds in runs.items():
@@ -230,7 +229,6 @@ def overoptimisation(runs: Runs, *, x: str = "sqrt_kl", band: str = "minmax") ->
             else:
                 draw_band(ax, steps.reshape(len(steps)), values, style, name_shown, band)
             ax.set_ylabel(axis if several else "reward")
-            ax.tick_params(labelleft=True)
     for ax in axes.flat:
         ax.set_xlabel("√KL to reference (√nats)" if x == "sqrt_kl" else "PPO iteration")
     axes[0, 0].legend()
