@@ -13,7 +13,7 @@ def importance_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
 
     log_probs, old_log_probs of one shape -> that shape. Per token it leaves out the ratio of the states' probabilities:
     the whole sequence's weight is the product of its ratios. Raises ValueError when the shapes disagree.
-    Source: Schulman et al. 2017, "Proximal policy optimization algorithms", §2.1.
+    Source: Schulman et al. 2017, "Proximal policy optimization algorithms", §2.2 and §3.
     """
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs)
     return (full_precision(log_probs) - full_precision(old_log_probs)).exp()
