@@ -7,14 +7,17 @@ answer explains is refused with the smallest failing input, shown in numbers.
 """
 
 import math
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+HERE = str(Path(__file__).parent)
 NOT_ATTEMPTED = "not attempted yet"
 CORRECT = "correct"
 TOLERANCES = {
@@ -42,6 +45,21 @@ class Wrong:
     hint: str
 
 
+class Hint(AssertionError):
+    """What a learner is told. A notebook shows it alone, without the lines of the check that it came through."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [*self.of_the_answer(), str(self)]
+
+    def of_the_answer(self) -> list[str]:
+        """Where in the learner's own code an exception came from that the hint is about."""
+        if self.__cause__ is None:
+            return []
+        frames = traceback.extract_tb(self.__cause__.__traceback__)
+        own = [frame for frame in frames if not frame.filename.startswith((HERE, torch.__path__[0]))]
+        return [f"in {frame.name}, line {frame.lineno}:    {frame.line}" for frame in own[-1:]]
+
+
 class Refused(Exception):
     """Raised by a check's own adapter: the answer cannot be tried, and the message says why."""
 
@@ -53,13 +71,14 @@ class Outcome:
     results: tuple[Tensor, ...] = ()
     gradients: dict[str, Tensor] = field(default_factory=dict)
     problem: str = ""  # a hint: the answer cannot be compared with the truth
+    remark: str = ""  # what is unusual about a return value that can be compared all the same
     error: Exception | None = None
     attempted: bool = True
 
 
 @dataclass(frozen=True)
 class Check:
-    """One exercise: calling it prints "not attempted yet" or "correct", or raises AssertionError with a hint."""
+    """One exercise: calling it prints "not attempted yet" or "correct", or raises AssertionError, a `Hint`."""
 
     name: str
     reference: Callable
@@ -73,7 +92,7 @@ class Check:
     def __call__(self, answer: object) -> None:
         """Judge the learner's function."""
         if not callable(answer):
-            raise AssertionError(
+            raise Hint(
                 f"checks.{self.name} wants the function itself, not what it returns: leave out the (...) after its "
                 f"name. It got {describe_type(answer)}."
             )
@@ -90,12 +109,15 @@ class Check:
                 return NOT_ATTEMPTED
         failing = [i for i, (a, t) in enumerate(zip(answers, truths, strict=True)) if not agree(a, t)]
         if not failing:
-            return CORRECT
+            return with_remark(answers[0].remark)
         first = failing[0]
-        hint = self.known_hint(answers, failing) or explain(
+        known = self.known_hint(answers, failing)
+        if known is None and all(map(right_in_value, answers, truths)):
+            return with_remark(answers[0].remark or dtype_remark(answers[first], truths[first]))
+        hint = known or explain(
             self, cases[first], answers[first], truths[first], right=len(cases) - len(failing), total=len(cases)
         )
-        raise AssertionError(hint) from answers[first].error
+        raise Hint(hint) from answers[first].error
 
     def known_hint(self, answers: list[Outcome], failing: list[int]) -> str | None:
         """The hint of the known wrong answer closest to this one.
@@ -124,6 +146,7 @@ class Check:
             return Outcome(problem=error_hint(error), error=error)
         if returned is NotImplemented:
             return Outcome(problem="It returns NotImplemented for this input, but not for others.", attempted=False)
+        returned, remark = self.as_tensors(returned)
         problem = type_problem(returned, self.outputs)
         if problem:
             return Outcome(problem=problem)
@@ -135,8 +158,19 @@ class Check:
                 "numbers. Work on a copy: .clone(), or an expression that makes a new tensor."
             )
         if not self.gradient_of:
-            return Outcome(results)
-        return self.observe_gradients(function, case, results)
+            return Outcome(results, remark=remark)
+        return replace(self.observe_gradients(function, case, results), remark=remark)
+
+    def as_tensors(self, returned: object) -> tuple[object, str]:
+        """A list of results as a tuple, a single number as a tensor, with a remark; anything else as it is."""
+        if len(self.outputs) > 1 and isinstance(returned, list) and all(isinstance(x, Tensor) for x in returned):
+            return tuple(returned), "a tuple is usual where there are several results, and yours is a list"
+        number = isinstance(returned, bool | int | float) or (
+            type(returned).__module__ == "numpy" and returned.ndim == 0
+        )
+        if number and not self.gradient_of:  # else it has been cut off from the graph, and that is to be said
+            return torch.as_tensor(returned), f"a tensor is usual, and yours is {describe_type(returned)}"
+        return returned, ""
 
     def observe_gradients(self, function: Callable, case: Case, results: tuple[Tensor, ...]) -> Outcome:
         """Gradients of a fixed weighted sum of the results, by each argument that the check names."""
@@ -146,7 +180,8 @@ class Check:
             leaves[name].requires_grad_(True)
         try:
             with NoNumpy(), torch.random.fork_rng(devices=[]):
-                outputs = [x for x in as_tuple(function(*leaves.values(), **case.options)) if x.requires_grad]
+                returned, _ = self.as_tensors(function(*leaves.values(), **case.options))
+            outputs = [x for x in as_tuple(returned) if x.requires_grad]
             if not outputs:
                 return Outcome(
                     results,
@@ -189,6 +224,33 @@ def as_tuple(returned: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (returned,) if isinstance(returned, Tensor) else tuple(returned)
 
 
+def right_in_value(answer: Outcome, truth: Outcome) -> bool:
+    """Whether the numbers agree as far as the coarser of the dtypes can tell, whatever the dtypes are."""
+    if answer.problem or len(answer.results) != len(truth.results) or answer.gradients.keys() != truth.gradients.keys():
+        return False
+    pairs = list(zip(answer.results, truth.results, strict=True))
+    coarsest = max((tolerance_of(x) for pair in pairs for x in pair), key=lambda tolerance: tolerance["rtol"])
+    pairs += [(answer.gradients[name], gradient) for name, gradient in truth.gradients.items()]
+    return all(
+        x.shape == y.shape
+        and not (y.dtype == torch.bool and x.is_floating_point())
+        and torch.allclose(x.to(y.dtype), y, equal_nan=True, **coarsest)
+        for x, y in pairs
+    )
+
+
+def dtype_remark(answer: Outcome, truth: Outcome) -> str:
+    """A remark on the first result whose dtype is not that of the inputs."""
+    dtypes = ((x.dtype, y.dtype) for x, y in zip(answer.results, truth.results, strict=True))
+    got, usual = next((got, usual) for got, usual in dtypes if got != usual)
+    return f"{usual} is usual here, and yours is {got}: torch.zeros_like(x) or x.new_zeros(...) takes over the input's"
+
+
+def with_remark(remark: str) -> str:
+    """What is printed of a right answer."""
+    return f"{CORRECT}; {remark}" if remark else CORRECT
+
+
 def copy_of(value: object) -> object:
     """A tensor with numbers of its own, laid out in memory as before; anything else as it is."""
     return value.detach().clone() if isinstance(value, Tensor) else value
@@ -208,7 +270,12 @@ def same(x: Tensor, y: Tensor, **tolerances: float) -> bool:
     """Whether shape, dtype and numbers agree; NaN agrees with NaN."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
-    return torch.allclose(x, y, equal_nan=True, **(tolerances or TOLERANCES.get(x.dtype, dict(rtol=0, atol=0))))
+    return torch.allclose(x, y, equal_nan=True, **(tolerances or tolerance_of(x)))
+
+
+def tolerance_of(x: Tensor) -> dict[str, float]:
+    """How closely numbers of this dtype must agree."""
+    return TOLERANCES.get(x.dtype, dict(rtol=0, atol=0))
 
 
 def agree(one: Outcome, other: Outcome) -> bool:
@@ -372,4 +439,4 @@ def first_misconception(misconceptions: tuple[Misconception, ...], *answer: obje
     """Raise AssertionError with the hint of the first misconception that the answer shows, if any."""
     for misconception in misconceptions:
         if misconception.applies(*answer):
-            raise AssertionError(misconception.hint)
+            raise Hint(misconception.hint)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from rlhf_lessons.checks._harness import CORRECT, NOT_ATTEMPTED, Misconception, first_misconception
+from rlhf_lessons.checks._harness import CORRECT, NOT_ATTEMPTED, Hint, Misconception, first_misconception
 
 MODELS = ("policy", "critic", "reward", "reference")
 TRACE = {  # what stands in a traced sample -> the model that produced it
@@ -109,10 +109,10 @@ def four_models(answers: dict) -> None:
     yet" or "correct", or raises AssertionError with a hint.
     """
     if not isinstance(answers, dict):
-        raise AssertionError(f"answers must be the dict of the cell above; got {type(answers).__name__}.")
+        raise Hint(f"answers must be the dict of the cell above; got {type(answers).__name__}.")
     questions = (*TRACE, "trained")
     if unknown := [str(key) for key in answers if key not in questions]:
-        raise AssertionError(f"No such question: {', '.join(unknown)}. The questions are {', '.join(questions)}.")
+        raise Hint(f"No such question: {', '.join(unknown)}. The questions are {', '.join(questions)}.")
     open_ones = [key for key in questions if answers.get(key) is None]
     if len(open_ones) == len(questions):
         print(NOT_ATTEMPTED)
@@ -121,9 +121,9 @@ def four_models(answers: dict) -> None:
     first_misconception(FOUR_MODELS, answers)
     for key, model in TRACE.items():
         if answers.get(key) not in (None, model):
-            raise AssertionError(f"{key}: not the {answers[key]}. Who ran last before it appeared in the trace?")
+            raise Hint(f"{key}: not the {answers[key]}. Who ran last before it appeared in the trace?")
     if answers.get("trained") is not None and set(answers["trained"]) != TRAINED:
-        raise AssertionError("trained: not these. Whose parameters does PPO's optimiser hold?")
+        raise Hint("trained: not these. Whose parameters does PPO's optimiser hold?")
     print(f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT)
 
 
@@ -134,8 +134,8 @@ def check_names(answers: dict) -> None:
             continue
         if key == "trained":
             if isinstance(answer, str) or not isinstance(answer, set | frozenset | list | tuple):
-                raise AssertionError(f'trained: a set of names is wanted, such as {{"reward"}}; got {answer!r}.')
+                raise Hint(f'trained: a set of names is wanted, such as {{"reward"}}; got {answer!r}.')
         names = answer if key == "trained" else [answer]
         for name in names:
             if name not in MODELS:
-                raise AssertionError(f"{key}: {name!r} is not one of {', '.join(MODELS)}.")
+                raise Hint(f"{key}: {name!r} is not one of {', '.join(MODELS)}.")

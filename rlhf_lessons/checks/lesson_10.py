@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from rlhf_lessons.checks._harness import CORRECT, NOT_ATTEMPTED, Misconception, first_misconception
+from rlhf_lessons.checks._harness import CORRECT, NOT_ATTEMPTED, Hint, Misconception, first_misconception
 from rlhf_lessons.checks.faults import FAULTS, toy_history
 
 # --- Exercise: tune β --------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def tuned_beta(history: Sequence[dict[str, float]], *, gold_bar: float = 1.0, ma
     first_misconception(TUNED_BETA, history, gold_bar, max_kl)
     gold = ending(history, "gold")
     if gold < gold_bar:
-        raise AssertionError(
+        raise Hint(
             f"The gold reward ends at {gold:.2f}, below the bar of {gold_bar:g}, with the proxy at "
             f"{ending(history, 'score'):.2f} and a KL of {ending(history, 'kl'):.1f} nats. Try another β."
         )
@@ -111,20 +111,16 @@ def tuned_beta(history: Sequence[dict[str, float]], *, gold_bar: float = 1.0, ma
 def check_history(history: object) -> None:
     """Raise AssertionError unless this is a run's metrics, long enough to have an end."""
     if not isinstance(history, list | tuple) or not all(isinstance(step, dict) for step in history):
-        raise AssertionError(f"A run's history is wanted, a list of dicts; got {type(history).__name__}.")
+        raise Hint(f"A run's history is wanted, a list of dicts; got {type(history).__name__}.")
     if len(history) < 2 * LAST:
-        raise AssertionError(
-            f"A run of at least {2 * LAST} iterations is wanted, so that it has an end; got {len(history)}."
-        )
+        raise Hint(f"A run of at least {2 * LAST} iterations is wanted, so that it has an end; got {len(history)}.")
     for number, step in enumerate(history, start=1):
         if missing := [name for name in NEEDED if name not in step]:
             advice = ": add it in on_step, metrics['gold'] = ..." if "gold" in missing else ""
-            raise AssertionError(f"Iteration {number} has no {', '.join(missing)}{advice}.")
+            raise Hint(f"Iteration {number} has no {', '.join(missing)}{advice}.")
         for name in NEEDED:
             if not math.isfinite(step[name]):
-                raise AssertionError(
-                    f"{name} is {step[name]} in iteration {number}: the run has broken down before its end."
-                )
+                raise Hint(f"{name} is {step[name]} in iteration {number}: the run has broken down before its end.")
 
 
 # --- Bug hunt: one of five planted faults ------------------------------------------------------
@@ -149,9 +145,9 @@ def diagnose(answers: dict) -> None:
     that the named fault would show and the run does not.
     """
     if not isinstance(answers, dict):
-        raise AssertionError(f"answers must be the dict of the cell above; got {type(answers).__name__}.")
+        raise Hint(f"answers must be the dict of the cell above; got {type(answers).__name__}.")
     if unknown := [str(key) for key in answers if key not in PLANTED]:
-        raise AssertionError(f"No such run: {', '.join(unknown)}. The runs are {', '.join(PLANTED)}.")
+        raise Hint(f"No such run: {', '.join(unknown)}. The runs are {', '.join(PLANTED)}.")
     open_ones = [letter for letter in PLANTED if answers.get(letter) is None]
     if len(open_ones) == len(PLANTED):
         print(NOT_ATTEMPTED)
@@ -161,6 +157,6 @@ def diagnose(answers: dict) -> None:
         if said is None or said == fault:
             continue
         if said not in FAULTS:
-            raise AssertionError(f"{letter}: {said!r} is not one of {', '.join(FAULTS)}.")
-        raise AssertionError(f"Run {letter} is not {said}: with that you would see {FAULTS[said].symptom}.")
+            raise Hint(f"{letter}: {said!r} is not one of {', '.join(FAULTS)}.")
+        raise Hint(f"Run {letter} is not {said}: with that you would see {FAULTS[said].symptom}.")
     print(f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT)
