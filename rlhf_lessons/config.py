@@ -1,12 +1,12 @@
 """The settings of every trainer and fit, in the field's usual names: a sentence a field, checked when made.
 
-A setting out of range raises ValueError: "x must be …; got …".
+A setting out of range, or one that cannot stand beside another, raises ValueError: "x must be …; got …". Scalars of
+NumPy's and PyTorch's are taken for the numbers that they hold.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 
@@ -16,30 +16,43 @@ class Allowed(NamedTuple):
     words: str
     holds: Callable[[Any], bool]
 
+    def check(self, name: str, value: Any) -> Any:
+        """The value, in Python's own type. Raises ValueError, naming the setting, unless it is allowed."""
+        value = value.item() if getattr(value, "shape", None) == () else value
+        require(name, value, self.holds(value), self.words)
+        return value
+
 
 def is_number(x: Any) -> bool:
     """A real number that is no truth value and not NaN."""
-    return isinstance(x, Real) and not isinstance(x, bool) and not math.isnan(x)
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and x == x
 
 
 def is_whole(x: Any) -> bool:
     """An integer that is no truth value."""
-    return isinstance(x, Integral) and not isinstance(x, bool)
+    return isinstance(x, int) and not isinstance(x, bool)
 
 
-COUNT = Allowed("a whole number >= 1", lambda x: is_whole(x) and x >= 1)
-WHOLE = Allowed("a whole number >= 0", lambda x: is_whole(x) and x >= 0)
 POSITIVE = Allowed("a number > 0", lambda x: is_number(x) and 0 < x < math.inf)
 LIMIT = Allowed("a number > 0", lambda x: is_number(x) and x > 0)  # infinity: no limit
 NOT_NEGATIVE = Allowed("a number >= 0", lambda x: is_number(x) and 0 <= x < math.inf)
 SHARE = Allowed("a number between 0 and 1", lambda x: is_number(x) and 0 <= x <= 1)
 OPTIONAL = Allowed("a number > 0, or None", lambda x: x is None or POSITIVE.holds(x))
 SWITCH = Allowed("True or False", lambda x: isinstance(x, bool))
+SEED = Allowed("a whole number >= 0 and below 2**63", lambda x: is_whole(x) and 0 <= x < 2**63)
 
 
 def one_of(*choices: str) -> Allowed:
     """One of these words."""
-    return Allowed(f"one of {', '.join(choices)}", lambda x: x in choices)
+    return Allowed(f"one of {', '.join(choices)}", lambda x: isinstance(x, str) and x in choices)
+
+
+def at_least(smallest: int) -> Allowed:
+    """A whole number that is not smaller."""
+    return Allowed(f"a whole number >= {smallest}", lambda x: is_whole(x) and x >= smallest)
+
+
+COUNT = at_least(1)
 
 
 def setting(default: Any, allowed: Allowed, help: str) -> Any:
@@ -56,8 +69,8 @@ def require(name: str, value: Any, holds: bool, expected: str) -> None:
 def check_settings(config: Any) -> None:
     """Raise ValueError for the first field of a settings dataclass that is not what it may be."""
     for item in fields(config):
-        allowed, value = item.metadata["allowed"], getattr(config, item.name)
-        require(item.name, value, allowed.holds(value), allowed.words)
+        value = item.metadata["allowed"].check(item.name, getattr(config, item.name))
+        object.__setattr__(config, item.name, value)  # the configuration is frozen for all others
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ class TrainerConfig:
         "no", one_of("no", "bf16"), "no (float32) or bf16 (autocast; log-probabilities and losses stay float32)"
     )
     device: str = setting("auto", one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps")
-    seed: int = setting(0, WHOLE, "of prompts, sampling and shuffling")
+    seed: int = setting(0, SEED, "of prompts, sampling and shuffling")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -108,6 +121,13 @@ class TrainerConfig:
         ):
             size = getattr(self, part)
             require(whole, getattr(self, whole), getattr(self, whole) % size == 0, f"a multiple of {part} = {size}")
+        steps = self.ppo_epochs * self.batch_size // self.minibatch_size
+        require("target_kl", self.target_kl, self.target_kl is None or steps > 1,
+                "None where an iteration is one step, before which nothing has moved")  # fmt: skip
+        # β's largest step down is a fifth times batch_size / horizon: at 1 it would reach 0, beyond that turn negative.
+        horizon, size = self.adaptive_kl_horizon, self.batch_size
+        require("adaptive_kl_horizon", horizon, self.adaptive_kl_target is None or 5 * horizon > size,
+                f"more than a fifth of batch_size = {size}")  # fmt: skip
 
     @property
     def micro_batch_size(self) -> int:
@@ -133,17 +153,15 @@ class PPOConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("batch_size", self.batch_size, not self.whiten_advantages or self.batch_size >= 8,
-                "at least 8 to whiten advantages")  # fmt: skip
+        for whitens, what in ((self.whiten_advantages, "whiten advantages"), (self.normalize_scores, "scale scores")):
+            require("batch_size", self.batch_size, not whitens or self.batch_size >= 8, f"at least 8 to {what}")
 
 
 @dataclass(frozen=True)
 class GroupConfig(TrainerConfig):
     """All numbers of the methods that compare several responses to one prompt instead of asking a critic."""
 
-    samples_per_prompt: int = setting(
-        8, Allowed("a whole number >= 2", lambda x: is_whole(x) and x >= 2), "responses to each prompt that is drawn"
-    )
+    samples_per_prompt: int = setting(8, at_least(2), "responses to each prompt that is drawn")
     advantage_scale: str = setting(
         "group",
         one_of("none", "group", "batch"),
@@ -158,8 +176,8 @@ class PretrainConfig:
     layers: int = setting(4, COUNT, "layers of a language model trained from scratch")
     width: int = setting(192, COUNT, "its hidden size")
     heads: int = setting(6, COUNT, "its attention heads")
-    context: int = setting(128, COUNT, "its longest text, in tokens")
-    vocab_size: int = setting(4000, COUNT, "tokens of a tokenizer trained on --corpus")
+    context: int = setting(128, at_least(2), "its longest text, in tokens")
+    vocab_size: int = setting(4000, at_least(259), "tokens of a tokenizer trained on --corpus")
     lm_epochs: float = setting(8.0, POSITIVE, "passes over --corpus")
     lm_batch_size: int = setting(32, COUNT, "texts in a step")
     lm_learning_rate: float = setting(2e-3, POSITIVE, "of AdamW, at its highest")
@@ -189,6 +207,11 @@ class Settings:
     pretrain: PretrainConfig = PretrainConfig()
     reward: RewardConfig = RewardConfig()
     ppo: PPOConfig = PPOConfig()
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, kind = getattr(self, item.name), type(item.default)
+            require(item.name, value, isinstance(value, kind), f"a {kind.__name__}")
 
 
 PRESETS = {
