@@ -3,9 +3,11 @@
 The policy is a plain language model. Each method is the shared step with a credit, and perhaps a loss, of its own.
 """
 
+import torch
 from torch import Tensor
 
 from rlhf_lessons.baselines import group_advantages, leave_one_out_baseline
+from rlhf_lessons.config import GroupConfig
 from rlhf_lessons.kl import sampled_kl
 from rlhf_lessons.masking import masked_mean
 from rlhf_lessons.policy_gradient import action_log_probs
@@ -19,6 +21,8 @@ class RLOOTrainer(Trainer):
     Source: Ahmadian et al. 2024, "Back to basics: revisiting REINFORCE style optimization for learning from human
     feedback in LLMs", §3.
     """
+
+    settings = GroupConfig
 
     def credit(self, rollout: Rollout) -> Credited:
         """Every token gets its response's R − b, R = score − β Σ_t log π/π_ref, b the mean of the others."""
@@ -34,6 +38,8 @@ class GRPOTrainer(Trainer):
     Source: Shao et al. 2024, "DeepSeekMath", §4.1.
     """
 
+    settings = GroupConfig
+
     def credit(self, rollout: Rollout) -> Credited:
         """Every token gets its response's score, centred and scaled in its group."""
         return per_token(rollout, group_advantages(rollout.scores, rollout.group, scale=self.config.advantage_scale))
@@ -41,7 +47,8 @@ class GRPOTrainer(Trainer):
     def losses(self, batch: Credited) -> tuple[Tensor, Report]:
         """The clipped policy loss plus β times the KL from the reference, each a mean over real tokens."""
         logits = self.response_logits(batch)
-        log_probs = action_log_probs(logits, batch.responses)
+        # Padding is silenced before k3's exponential: an overflow there would reach the gradient as 0·∞.
+        log_probs = torch.where(batch.response_mask, action_log_probs(logits, batch.responses), 0)
         policy_loss, mean_entropy, report = self.policy_losses(log_probs, logits, batch)
         kl = masked_mean(sampled_kl(log_probs, batch.ref_log_probs, kind="k3"), batch.response_mask)
         loss = policy_loss + self.kl_controller.coef * kl - self.config.ent_coef * mean_entropy

@@ -1,9 +1,22 @@
 """Samples from one policy, expectations under another: ratios, weighted means and what they cost."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from rlhf_lessons.masking import check_same_shape, full_precision
+
+
+def bounded_exponent(x: Tensor) -> Tensor:
+    """x, but at most 0.49 times the logarithm of the largest float, so that eˣ and its square are finite.
+
+    x -> the same shape, bit by bit the same below the bound (43 in float32). The gradient is 1 at every finite x: what
+    lies beyond is pulled back as hard as at the bound, and an overflow that nothing depends on does not become 0·∞.
+    """
+    bound = 0.49 * math.log(torch.finfo(x.dtype).max)
+    # nan_to_num: ∞ − ∞ is NaN. A NaN in x is not above the bound and stays what it is.
+    return torch.where(x > bound, bound + (x - x.detach()).nan_to_num(), x)
 
 
 def importance_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
@@ -12,11 +25,12 @@ def importance_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
         ρ_t = π(a_t|s_t) / π_old(a_t|s_t) = exp(log π − log π_old)                                      (Eq. 6.1)
 
     log_probs, old_log_probs of one shape -> that shape. Per token it leaves out the ratio of the states' probabilities:
-    the whole sequence's weight is the product of its ratios. Raises ValueError when the shapes disagree.
+    the whole sequence's weight is the product of its ratios. At most some 10¹⁸: see `bounded_exponent`.
+    Raises ValueError when the shapes disagree.
     Source: Schulman et al. 2017, "Proximal policy optimization algorithms", §2.2 and §3.
     """
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs)
-    return (full_precision(log_probs) - full_precision(old_log_probs)).exp()
+    return bounded_exponent(full_precision(log_probs) - full_precision(old_log_probs)).exp()
 
 
 def importance_mean(f: Tensor, weights: Tensor, *, self_normalized: bool = False) -> Tensor:

@@ -3,9 +3,12 @@
 All divergences are KL(policy ‖ reference), in nats.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from rlhf_lessons.importance import bounded_exponent
 from rlhf_lessons.masking import check_same_shape, full_precision, real_steps
 
 
@@ -33,8 +36,8 @@ def sampled_kl(log_probs: Tensor, ref_log_probs: Tensor, *, kind: str) -> Tensor
 
     log_probs, ref_log_probs of one shape -> that shape, in nats. In expectation over the policy's tokens k1 and k3
     equal the KL; k1 may be negative for a single token, k3 never; k2 is biased but close for small d. As losses, with
-    the states held fixed, their expected gradients are 0, ∇KL(π‖π_ref) and ∇KL(π_ref‖π). Raises ValueError for
-    another kind or unequal shapes.
+    the states held fixed, their expected gradients are 0, ∇KL(π‖π_ref) and ∇KL(π_ref‖π). The exponential is at most
+    some 10¹⁸: see `importance.bounded_exponent`. Raises ValueError for another kind or unequal shapes.
     Source: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
     """
     check_same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs)
@@ -44,7 +47,7 @@ def sampled_kl(log_probs: Tensor, ref_log_probs: Tensor, *, kind: str) -> Tensor
     if kind == "k2":
         return 0.5 * difference.square()
     if kind == "k3":
-        return torch.expm1(-difference) + difference
+        return torch.expm1(bounded_exponent(-difference)) + difference
     raise ValueError(f'kind must be "k1", "k2" or "k3"; got {kind!r}')
 
 
@@ -96,6 +99,13 @@ class AdaptiveKL:
         self.coef, self.target, self.horizon = init, target, horizon
 
     def update(self, kl: float, n: int) -> None:
-        """kl: the batch's mean KL per sequence, in nats; n: episodes in the batch."""
+        """kl: the batch's mean KL per sequence, in nats; n: episodes in the batch.
+
+        Raises ValueError for a KL that is not finite, or so many episodes that β could fall to 0 or below.
+        """
+        if not math.isfinite(kl):
+            raise ValueError(f"kl must be finite; got {kl}")
+        if not n < 5 * self.horizon:
+            raise ValueError(f"n must be less than five times horizon = {self.horizon}; got {n}")
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * n / self.horizon

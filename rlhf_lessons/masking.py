@@ -28,10 +28,12 @@ def check_same_shape(**tensors: Tensor | None) -> None:
 
 
 def real_steps(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask as given, or one that is True everywhere; a row without a real step raises ValueError.
+    """The mask as given, or one that is True everywhere; a row without a real step, or no rows, raises ValueError.
 
     Reading the mask's values would stop a GPU's queue, so there only its shape and dtype are checked.
     """
+    if x.numel() == 0:
+        raise ValueError(f"x must hold at least one value; got shape {tuple(x.shape)}")
     if mask is None:
         return torch.ones_like(x, dtype=torch.bool)
     check_same_shape(x=x, mask=mask)

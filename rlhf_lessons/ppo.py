@@ -40,8 +40,9 @@ def clipped_policy_loss(
 
         L = mean_t max(−ρ_t Â_t, −clip(ρ_t, 1−ε, 1+ε) Â_t)  =  −mean_t min(ρ_t Â_t, clip(ρ_t) Â_t)      (Eq. 7.1)
 
-    All (B, T) -> (). The gradient is 0 only where Â > 0 and ρ > 1+ε, or Â < 0 and ρ < 1−ε; everywhere else a step is
-    taken, also where ρ is far out on the wrong side. Raises ValueError for unequal shapes or clip_eps ≤ 0.
+    All (B, T) -> (). The gradient is 0 only where Â = 0, Â > 0 and ρ > 1+ε, or Â < 0 and ρ < 1−ε; everywhere else a
+    step is taken, also where ρ is far out on the wrong side: a finite one where it would overflow. Raises ValueError
+    for unequal shapes or clip_eps ≤ 0.
     Source: Schulman et al. 2017, "Proximal policy optimization algorithms", Eq. 7.
     """
     check_clip(clip_eps)

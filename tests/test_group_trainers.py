@@ -7,7 +7,7 @@ import torch
 from conftest import PROMPTS, count_good, tiny_lm, tiny_policy, word_tokenizer
 
 from rlhf_lessons import tiny_reviews
-from rlhf_lessons.config import GroupConfig, PPOConfig
+from rlhf_lessons.config import GroupConfig, PPOConfig, TrainerConfig
 from rlhf_lessons.group_trainers import GRPOTrainer, RLOOTrainer
 from rlhf_lessons.kl import sampled_kl
 from rlhf_lessons.masking import masked_mean
@@ -56,6 +56,14 @@ def test_ppo_may_answer_a_prompt_several_times_too():
 def test_sizes_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+@pytest.mark.parametrize("kind", [PPOConfig, TrainerConfig])
+def test_a_config_without_groups_is_refused(method, kind):
+    """Its groups could be of one, who has nobody to be compared with."""
+    with pytest.raises(ValueError, match=f"config must be a GroupConfig; got '{kind.__name__}'"):
+        METHODS[method](kind(device="cpu"), tiny_lm(), tiny_lm(seed=1), count_good, PROMPTS, word_tokenizer())
 
 
 # --- Credit ---------------------------------------------------------------------------------------
@@ -115,6 +123,28 @@ def test_grpo_s_loss_is_the_clipped_one_plus_beta_times_k3():
     assert k3.item() == pytest.approx(
         masked_mean(sampled_kl(log_probs, batch.ref_log_probs, kind="k3"), batch.response_mask).item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("doubt", [100.0, 1e4, float("inf")])
+def test_grpo_s_padding_reaches_no_gradient(doubt):
+    """A policy that would never say the padding: its log-probability there is beyond what k3's exponential holds."""
+    trainer = make("grpo")
+    batch = trainer.rollout()
+    assert not batch.response_mask.all()
+    plain, found = trainer.response_logits, []
+
+    def response_logits(batch):
+        logits = plain(batch).detach()
+        logits[..., 0] -= torch.where(batch.response_mask, 0.0, doubt)
+        found.append(logits.requires_grad_())
+        return logits
+
+    trainer.response_logits = response_logits
+    loss, _ = trainer.losses(batch)
+    loss.backward()
+    (logits,) = found
+    assert loss.isfinite() and logits.grad.isfinite().all()
+    assert logits.grad[batch.response_mask].any() and not logits.grad[~batch.response_mask].any()
 
 
 # --- Resuming -------------------------------------------------------------------------------------

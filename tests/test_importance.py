@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_lessons.importance import effective_sample_size, importance_mean, importance_ratio
+from rlhf_lessons.importance import bounded_exponent, effective_sample_size, importance_mean, importance_ratio
 
 NAN, INF = math.nan, math.inf
 F64 = torch.float64
@@ -36,6 +36,21 @@ def test_gradient_of_the_ratio_is_ratio_times_score():
     ratio = importance_ratio(log_probs, old)
     (grad,) = torch.autograd.grad(ratio.sum(), log_probs)
     torch.testing.assert_close(grad, (log_probs.detach() - old).exp())
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 3.4028235e38), (F64, 1.7976931348623157e308)])
+def test_an_exponent_is_bounded_and_keeps_its_gradient(dtype, largest):
+    """To the bit the same up to the bound; beyond, e to the bound, and the gradient there. A NaN stays."""
+    bound = 0.49 * math.log(largest)
+    ordinary = torch.tensor([-INF, -1000.0, -1e-30, -0.0, 0.3, bound - 1e-3], dtype=dtype)
+    assert torch.equal(bounded_exponent(ordinary), ordinary)
+    far = torch.tensor([bound + 1, 1e5, 1e30, NAN], dtype=dtype, requires_grad=True)
+    power = bounded_exponent(far).exp()
+    power.sum().backward()
+    assert power[:3].tolist() == pytest.approx([largest**0.49] * 3, rel=1e-4) and power[3].isnan()
+    assert far.grad[:3].tolist() == power[:3].tolist()
+    assert power[:3].square().isfinite().all()
+    assert bounded_exponent(torch.tensor([INF], dtype=dtype)).item() == pytest.approx(bound)
 
 
 def test_ratio_rejects_other_shapes():

@@ -138,6 +138,15 @@ def test_k3_keeps_its_digits_near_zero():
     torch.testing.assert_close(sampled_kl(d, torch.zeros(2), kind="k3"), d.square() / 2, rtol=2e-3, atol=0)
 
 
+def test_k3_that_would_overflow_keeps_a_finite_gradient_and_none_where_nothing_is_asked():
+    log_probs = torch.tensor([-200.0, -300.0, -1e30], requires_grad=True)
+    k3 = sampled_kl(log_probs, torch.tensor([-1.0, -1.0, -1.0]), kind="k3")
+    (k3 * torch.tensor([1.0, 0.0, 1.0])).sum().backward()
+    large = torch.finfo(torch.float32).max ** 0.49
+    assert k3.isfinite().all() and k3[0].item() == pytest.approx(large, rel=1e-4)
+    assert log_probs.grad.tolist() == [pytest.approx(-large, rel=1e-4), 0, pytest.approx(-large, rel=1e-4)]
+
+
 def test_sampled_kl_rejects_bad_input():
     with pytest.raises(ValueError, match='kind must be "k1", "k2" or "k3"; got \'k4\''):
         sampled_kl(torch.zeros(2), torch.zeros(2), kind="k4")
@@ -232,6 +241,27 @@ def test_adaptive_coefficient_rests_at_the_target_and_moves_towards_it():
     for _ in range(500):
         controller.update(0.5 / controller.coef, 64)
     assert controller.coef == pytest.approx(1 / 6, rel=1e-6)
+
+
+@pytest.mark.equation("8.5")
+@pytest.mark.parametrize("n", [50, 51, 10_000])
+def test_adaptive_coefficient_refuses_batches_that_could_take_it_to_0(n):
+    """At n = 5·horizon the largest step down is by all of it."""
+    controller = AdaptiveKL(0.1, target=6.0, horizon=10)
+    with pytest.raises(ValueError, match=f"n must be less than five times horizon = 10; got {n}"):
+        controller.update(0.0, n)
+    assert controller.coef == 0.1
+    for _ in range(20):
+        controller.update(0.0, 49)
+    assert 0 < controller.coef < 1e-30
+
+
+@pytest.mark.parametrize("kl", [NAN, INF, -INF])
+def test_adaptive_coefficient_refuses_a_kl_that_is_not_finite(kl):
+    controller = AdaptiveKL(0.1, target=6.0, horizon=10_000)
+    with pytest.raises(ValueError, match=f"kl must be finite; got {kl}"):
+        controller.update(kl, 128)
+    assert controller.coef == 0.1
 
 
 @pytest.mark.parametrize("name", ["init", "target", "horizon"])

@@ -58,6 +58,30 @@ def test_the_six_regions(ratio, advantage, objective, gradient_flows):
     assert log_probs.grad.item() == pytest.approx(-ratio * advantage if gradient_flows else 0.0)
 
 
+LARGE = torch.finfo(torch.float32).max ** 0.49
+
+
+@pytest.mark.parametrize("log_ratio", [80.0, 89.0, 1e3, 1e30, INF])
+@pytest.mark.parametrize(
+    ("advantage", "expected"), [(1.0, 0.0), (1e-30, 0.0), (0.0, 0.0), (-0.0, 0.0), (-1.0, LARGE / 2)]
+)
+def test_a_ratio_that_would_overflow(log_ratio, advantage, expected):
+    """No gradient where the clip or a zero takes it away; where it pulls back, a large one that is finite."""
+    log_probs = torch.tensor([[0.0, -1.0]], requires_grad=True)
+    old = torch.tensor([[-log_ratio, -1.0]])
+    loss = clipped_policy_loss(log_probs, old, torch.tensor([[advantage, 1.0]]), clip_eps=0.2)
+    loss.backward()
+    assert loss.isfinite() and log_probs.grad[0, 1] == -0.5
+    if expected == 0 or log_ratio < INF:
+        assert log_probs.grad[0, 0].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_ratio_that_underflows_leaves_no_nan():
+    log_probs = torch.tensor([[-200.0, -INF]], requires_grad=True)
+    clipped_policy_loss(log_probs, torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), clip_eps=0.2).backward()
+    assert log_probs.grad.tolist() == [[0, 0]]
+
+
 @pytest.mark.equation("7.1")
 def test_policy_loss_against_the_loop():
     log_probs, old, advantages = (normal(3, 5, seed=seed) for seed in range(3))
@@ -303,6 +327,14 @@ def test_shapes_must_agree(call, names):
         message = rf"{names[position]} must have the shape of {names[0]}, \(2, 3\); got \(3, 2\)"
         with pytest.raises(ValueError, match=message):
             call(*inputs)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_nothing_has_no_mean(shape):
+    x = torch.ones(shape)
+    for call in (clipped_policy_loss, clipped_value_loss):
+        with pytest.raises(ValueError, match="x must hold at least one value; got shape"):
+            call(x, x, x, clip_eps=0.2)
 
 
 def test_masks_are_checked():
