@@ -54,7 +54,13 @@ def gather_rows(accelerator: "Accelerator", rows: torch.Tensor, *, padding: int 
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which models run: bfloat16 where `precision` is "bf16", as they are where it is "no"."""
+    """The context in which models run: bfloat16 where `precision` is "bf16", as they are where it is "no".
+
+    Raises ValueError for another precision, or one that the device does not have.
+    """
+    has = {"cuda": torch.cuda.is_bf16_supported, "mps": lambda: torch.backends.mps.is_macos_or_newer(14, 0)}
+    if precision != "no" and not (precision == "bf16" and has.get(device.type, lambda: True)()):
+        raise ValueError(f"precision must be no, or bf16 where {device.type} has it; got {precision!r}")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

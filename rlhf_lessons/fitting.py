@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lessons import tiny_reviews
+from rlhf_lessons.config import COUNT, POSITIVE
 from rlhf_lessons.data import encode_preferences, encode_prompt, pad
 from rlhf_lessons.device import autocast, make_accelerator
 from rlhf_lessons.generation import respond
@@ -26,6 +27,21 @@ __all__ = [
     "annotated_preferences", "fit_language_model", "fit_reward_model", "language_model_loss", "preference_accuracy",
     "score_texts",
 ]  # fmt: skip
+
+
+def check_finite(measured: Mapping[str, Tensor], place: str) -> list[float]:
+    """Numbers as Python's, read from the device in one go.
+
+    Raises FloatingPointError, naming the first that is not finite and the place. To be called before an optimiser's
+    step: a weight that is not finite once stays so.
+    """
+    values = torch.stack([value.detach() for value in measured.values()]).tolist()
+    for name, value in zip(measured, values, strict=True):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {value} in {place}: a lower learning_rate may help; scores and models must be finite"
+            )
+    return values
 
 
 def length_batches(lengths: list[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -47,9 +63,13 @@ def fit(
 ) -> list[float]:  # fmt: skip
     """Minimise loss_of(row numbers) with AdamW, learning rate warmed up over 5 % of the steps, then linear to 0.
 
-    on_step(step, steps, loss) is called after each step. Returns the losses. Raises FloatingPointError for one that is
-    not finite, naming the step.
+    on_step(step, steps, loss) is called after each step. Returns the losses. Raises FloatingPointError, naming the
+    step, before one whose loss or gradient is not finite; ValueError for no rows or a setting out of range.
     """
+    COUNT.check("the number of texts", len(lengths))
+    COUNT.check("batch_size", batch_size)
+    POSITIVE.check("epochs", epochs)
+    POSITIVE.check("learning_rate", learning_rate)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -69,12 +89,13 @@ def fit(
             with autocast(device, precision):
                 loss = loss_of(rows)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"the loss is {losses[-1]} in step {len(losses)}: lower the learning rate")
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            try:
+                number, _ = check_finite({"the loss": loss, "the gradient": norm}, f"step {len(losses) + 1}")
+                optimizer.step()
+            finally:
+                optimizer.zero_grad()
+            losses.append(number)
             if on_step is not None:
                 on_step(len(losses), steps, losses[-1])
             if len(losses) == steps:
@@ -96,7 +117,8 @@ def fit_language_model(
 ) -> list[float]:  # fmt: skip
     """Train on next-token prediction, each text a row with EOS at its end. Returns the losses, in nats per token.
 
-    Texts longer than max_length tokens are cut there, without an EOS.
+    Texts longer than max_length tokens are cut there, without an EOS. Raises ValueError for no texts, and what `fit`
+    does.
     """
     place = make_accelerator(device).device
     lm.to(place)
@@ -128,11 +150,14 @@ def fit_reward_model(
     """Train on preferences, {"prompt", "chosen", "rejected"}, by the Bradley–Terry loss. Returns the losses.
 
     One epoch by default: reward models overfit quickly. Afterwards its scores on these texts have mean 0, variance 1.
+    Raises ValueError for no pairs or none whose texts differ, and what `fit` does.
     Source: Ouyang et al. 2022, §3.5.
     """
     place = make_accelerator(device).device
     reward_model.to(place)
     encoded = encode_preferences(tokenizer, preferences, context=context_of(reward_model))
+    if encoded["chosen"] == encoded["rejected"]:
+        raise ValueError("preferences must hold a pair that the tokenizer tells apart: give other texts; got none")
 
     def loss_of(rows: list[int]) -> Tensor:
         both = [encoded["chosen"][i] for i in rows] + [encoded["rejected"][i] for i in rows]
@@ -162,7 +187,11 @@ def fit_reward_model(
 def annotated_preferences(
     lm: nn.Module, tokenizer: "PreTrainedTokenizerBase", count: int, *, seed: int
 ) -> list[dict[str, str]]:
-    """Pairs of a language model's answers to the tiny world's prompts, as its annotators chose between them."""
+    """Pairs of a language model's answers to the tiny world's prompts, as its annotators chose between them.
+
+    Raises ValueError unless count is a whole number >= 1.
+    """
+    COUNT.check("count", count)
     generator = torch.Generator().manual_seed(seed)
     prompts = tiny_reviews.prompts(count, generator)
     a, b = (respond(lm, tokenizer, prompts, generator=generator) for _ in range(2))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rlhf_lessons.config import PPOConfig, TrainerConfig, require
 from rlhf_lessons.data import encode_prompts, pad
 from rlhf_lessons.device import autocast, gather_rows, make_accelerator, share_of
-from rlhf_lessons.fitting import fit_language_model, fit_reward_model
+from rlhf_lessons.fitting import check_finite, fit_language_model, fit_reward_model
 from rlhf_lessons.generation import Responses, draw_uniforms, sample_responses
 from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["PPOConfig", "PPOTrainer", "Trainer", "fit_language_model", "fit_reward_model"]
 
 EARLY_STOP = 1.5  # times the target KL
+FACTS = ("scores", "log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns")  # causes first
 
 Report = dict[str, Tensor]
 
@@ -71,9 +72,11 @@ class Trainer:
     with a text `prompt` and columns for the score, drawn at random for each batch. sampler: what takes the place of
     `sample_responses`; optimizer: over the policy's parameters, AdamW where none is given; scheduler: of that
     optimizer, stepped once an iteration, `lr_schedule` where none is given.
-    Raises ValueError for a reference that shares parameters with the policy, no prompts, or a prompt too long for the
-    context.
+    Raises ValueError for a config of another method, a reference that shares parameters with the policy, no prompts, a
+    prompt too long for the context, or a precision that the device lacks.
     """
+
+    settings: type[TrainerConfig] = TrainerConfig  # that the method reads
 
     def __init__(
         self, config: TrainerConfig, policy: nn.Module, reference: nn.Module,
@@ -81,9 +84,11 @@ class Trainer:
         tokenizer: "PreTrainedTokenizerBase", *, sampler: Callable[..., Responses] | None = None,
         optimizer: torch.optim.Optimizer | None = None, scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:  # fmt: skip
+        require("config", type(config).__name__, isinstance(config, self.settings), f"a {self.settings.__name__}")
         self.config, self.tokenizer = config, tokenizer
         self.accelerator = make_accelerator(config.device)
         self.device, processes = self.accelerator.device, self.accelerator.num_processes
+        autocast(self.device, config.precision)  # what is not there is said now, not after the first batch
         pieces = {"batch_size": config.samples_per_prompt, "minibatch_size": config.gradient_accumulation_steps}
         for name, parts in pieces.items():
             whole, unit = getattr(config, name), parts * processes
@@ -141,7 +146,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One iteration: roll out a batch, learn from it, steer β. Returns the metrics as plain floats.
 
-        Raises FloatingPointError, naming the iteration, when a loss is not finite.
+        Raises FloatingPointError, naming the iteration, before a number that is not finite reaches a weight.
         """
         started = time.perf_counter()
         self.batch = self.rollout()
@@ -166,9 +171,18 @@ class Trainer:
         return history
 
     def rollout(self) -> Credited:
-        """One batch to learn from: its facts, then their credit, with the current policy and today's β."""
+        """One batch to learn from: its facts, then their credit, with the current policy and today's β.
+
+        Raises FloatingPointError, naming the iteration, when one of them is not finite.
+        """
         with autocast(self.device, self.config.precision):
-            return self.credit(self.collect())
+            batch = self.credit(self.collect())
+        rows, real = (len(batch), -1), batch.response_mask
+        check_finite(
+            {name: torch.where(real, getattr(batch, name).view(rows), 0).abs().amax()  # NaN counts as the largest
+             for name in FACTS if hasattr(batch, name)}, f"iteration {self.iteration + 1}",
+        )  # fmt: skip
+        return batch
 
     def collect(self) -> Rollout:
         """Draw prompts and sample `samples_per_prompt` responses to each, with their facts."""
@@ -244,7 +258,8 @@ class Trainer:
     def _update_on(self, minibatch: Credited) -> tuple[Report, bool]:
         """One optimiser step, and whether it was left out because the target KL was passed.
 
-        Pieces and processes weigh by their tokens: the result is the whole's gradient.
+        Pieces and processes weigh by their tokens: the result is the whole's gradient. Raises FloatingPointError,
+        naming the iteration and leaving the weights as they were, when the loss or its gradient is not finite.
         """
         processes, total = self.accelerator.num_processes, minibatch.response_mask.sum()
         pieces = list(self.own(minibatch).minibatches(self.config.micro_batch_size // processes))
@@ -260,11 +275,15 @@ class Trainer:
                 report[name] = report.get(name, 0) + value * share
         values = self.accelerator.reduce(torch.stack(list(report.values())), "sum")
         report = dict(zip(report, values, strict=True))
-        stopped = self.config.target_kl is not None and not report["approx_kl"] <= EARLY_STOP * self.config.target_kl
         report["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        if not stopped:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        try:
+            check_finite({name: report[name] for name in ("loss", "grad_norm")}, f"iteration {self.iteration + 1}")
+            target = self.config.target_kl
+            stopped = target is not None and not report["approx_kl"] <= EARLY_STOP * target
+            if not stopped:
+                self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad()
         return report, stopped
 
     def measures(self, batch: Credited) -> dict[str, Tensor]:
@@ -272,10 +291,7 @@ class Trainer:
         return {}
 
     def metrics(self, batch: Credited, updates: Updates) -> dict[str, float]:
-        """Means over the batch and over the optimiser steps, read from the device in one go.
-
-        Raises FloatingPointError, naming the iteration, when a loss or a gradient is not finite.
-        """
+        """Means over the batch and over the optimiser steps, read from the device in one go."""
         sequence_kl = sampled_kl(batch.log_probs, batch.ref_log_probs, kind="k1").sum(dim=1)
         measured = {
             "score": batch.scores.mean(),
@@ -289,14 +305,7 @@ class Trainer:
             of = updates.reports[: updates.steps or 1] if name == "grad_norm" else updates.reports
             measured[name] = torch.stack([report[name] for report in of]).mean()
         values = torch.stack([value.detach().float() for value in measured.values()]).tolist()
-        metrics = dict(zip(measured, values, strict=True))
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(metrics[name]):
-                raise FloatingPointError(
-                    f"{name} is {metrics[name]} in iteration {self.iteration + 1}: a lower learning_rate or "
-                    "max_grad_norm may help, and scores must be finite"
-                )
-        return metrics | {
+        return dict(zip(measured, values, strict=True)) | {
             "kl_coef": self.kl_controller.coef,
             "learning_rate": self.learning_rate,
             "optimizer_steps": updates.steps,
@@ -331,6 +340,8 @@ class PPOTrainer(Trainer):
     Source: Ziegler et al. 2019; Ouyang et al. 2022; Huang et al. 2024, "The N+ implementation details of RLHF with
     PPO".
     """
+
+    settings = PPOConfig
 
     def credit(self, rollout: Rollout) -> RolloutBatch:
         """The critic's values, shaped rewards, GAE, whitening."""

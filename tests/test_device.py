@@ -8,7 +8,7 @@ import torch
 import rlhf_lessons
 from rlhf_lessons import device
 from rlhf_lessons.__main__ import main
-from rlhf_lessons.device import make_accelerator
+from rlhf_lessons.device import autocast, make_accelerator
 from rlhf_lessons.fitting import fit_language_model
 
 
@@ -60,3 +60,19 @@ def test_the_tiny_world_takes_one_thread_unless_told_otherwise(options, threads,
 def test_no_thread_at_all_is_refused(capsys):
     assert main(["run", "--threads", "0"]) == 2
     assert "threads must be a whole number >= 1; got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["fp16", "BF16", None, False, "float32"])
+def test_a_precision_that_nobody_knows_is_refused(precision):
+    with pytest.raises(ValueError, match=f"precision must be no, or bf16 where cpu has it; got {precision!r}"):
+        autocast(torch.device("cpu"), precision)
+
+
+def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: False)
+    for name in ("cuda", "mps"):
+        with pytest.raises(ValueError, match=f"precision must be no, or bf16 where {name} has it; got 'bf16'"):
+            autocast(torch.device(name), "bf16")
+    with autocast(torch.device("cpu"), "bf16"):
+        assert torch.is_autocast_enabled("cpu")

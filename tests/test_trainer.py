@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_lessons import fitting
+from rlhf_lessons.config import GroupConfig, TrainerConfig
 from rlhf_lessons.data import encode_prompt, encode_response
-from rlhf_lessons.device import make_accelerator
+from rlhf_lessons.device import autocast, make_accelerator
 from rlhf_lessons.models import RewardModel
-from rlhf_lessons.trainer import PPOConfig, fit_language_model, fit_reward_model
+from rlhf_lessons.scoring import Scorer, as_scorer
+from rlhf_lessons.trainer import PPOConfig, PPOTrainer, fit_language_model, fit_reward_model
 
 PAD, BOS, EOS = 0, 1, 2
 LENGTHS = [1, 6, 3, 5, 2, 6, 4, 1, 6, 2, 5, 3]
@@ -534,6 +536,110 @@ def test_a_loss_that_is_not_finite_raises_and_names_the_iteration(place, make_tr
         trainer.step()
 
 
+def with_nan(model, place=None):
+    """The model, a NaN in one of its weights."""
+    weight = next(model.parameters()) if place is None else model.get_parameter(place)
+    with torch.no_grad():
+        weight.view(-1)[-1] = math.nan
+    return model
+
+
+class NotANumber(Scorer):
+    """A scorer of one's own that does not look at what it returns."""
+
+    def __call__(self, samples):
+        return torch.full((len(samples),), math.nan)
+
+
+def nan_gradient(trainer):
+    """Nothing is wrong with the loss; its gradient is NaN for one parameter in the second minibatch of an update."""
+    calls = iter([1.0, math.nan] + [1.0] * 9)
+    trainer.policy.value_head.weight.register_hook(lambda gradient: gradient * next(calls))
+
+
+def nan_loss(trainer):
+    original = trainer.losses
+
+    def losses(batch):
+        loss, report = original(batch)
+        return loss, report | {"loss": report["loss"] * math.nan}
+
+    trainer.losses = losses
+
+
+BROKEN = {  # what is not finite -> what breaks a trainer, and how the error names it
+    "a weight of the reward model": (
+        lambda t, rm: setattr(t, "scorer", as_scorer(with_nan(rm, "classifier.score.weight"), t.tokenizer)), "scores",
+    ),
+    "a function's scores": (
+        lambda t, rm: setattr(t, "scorer", as_scorer(lambda p, r: [math.nan] * len(r), t.tokenizer)), "scores",
+    ),
+    "a function's scores, in one place": (
+        lambda t, rm: setattr(t, "scorer", as_scorer(lambda p, r: [0.0] * 15 + [-math.inf], t.tokenizer)), "scores",
+    ),
+    "a scorer's scores": (lambda t, rm: setattr(t, "scorer", NotANumber()), "scores is nan in iteration 2"),
+    "scores of 1e25": (
+        lambda t, rm: setattr(t, "scorer", as_scorer(lambda p, r: [1e25 * i for i in range(16)], t.tokenizer)),
+        "loss is inf in iteration 2",
+    ),
+    "the reference": (lambda t, rm: with_nan(t.reference, "lm_head.weight"), "ref_log_probs is nan in iteration 2"),
+    "a returned loss": (lambda t, rm: nan_loss(t), "loss is nan in iteration 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cause", BROKEN)
+def test_nothing_that_is_not_finite_reaches_a_weight(cause, make_trainer, make_reward_model):
+    """In a trainer that has made steps: the error comes before the next, and weights and moments are as they were."""
+    trainer = make_trainer(ppo_epochs=1, minibatch_size=16)
+    trainer.step()
+    break_it, message = BROKEN[cause]
+    break_it(trainer, make_reward_model())
+    before, moments = parameter_hash(trainer.policy), copy.deepcopy(trainer.optimizer.state_dict())
+    with pytest.raises((FloatingPointError, ValueError), match=message):
+        trainer.step()
+    assert parameter_hash(trainer.policy) == before and trainer.iteration == 1
+    for mine, theirs in zip(trainer.optimizer.state_dict()["state"].values(), moments["state"].values(), strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert all(p.grad is None or not p.grad.any() for p in trainer.policy.parameters())
+
+
+@pytest.mark.parametrize("limit", [1.0, math.inf])
+def test_a_gradient_that_is_not_finite_stops_at_its_minibatch(limit, make_trainer, make_batch):
+    """The minibatch before has made its step; with the loss finite, nothing but the gradient shows it."""
+    trainer = make_trainer(batch_size=12, minibatch_size=4, ppo_epochs=1, max_grad_norm=limit)
+    steps = watch_steps(trainer)
+    nan_gradient(trainer)
+    with pytest.raises(FloatingPointError, match="grad_norm is nan in iteration 1: a lower learning_rate"):
+        trainer.update(make_batch(LENGTHS))
+    assert len(steps) == 1 and all(p.isfinite().all() for p in trainer.policy.parameters())
+    assert all(p.grad is None or not p.grad.any() for p in trainer.policy.parameters())
+
+
+def test_what_stands_in_the_padding_is_nobody_s_fact(make_trainer):
+    """A sampler of one's own may leave anything there."""
+    trainer = make_trainer()
+    plain = trainer.collect
+
+    def collect():
+        rollout = plain()
+        return replace(rollout, log_probs=torch.where(rollout.response_mask, rollout.log_probs, math.nan))
+
+    trainer.collect = collect
+    assert not trainer.rollout().log_probs.isfinite().all()
+
+
+def test_a_config_of_another_method_is_refused(make_policy, make_lm, tokenizer):
+    for config in (TrainerConfig(device="cpu"), GroupConfig(device="cpu"), dict(device="cpu")):
+        with pytest.raises(ValueError, match=f"config must be a PPOConfig; got '{type(config).__name__}'"):
+            PPOTrainer(config, make_policy(), make_lm(seed=1), lambda p, r: [0.0] * len(r), ["film"], tokenizer)
+
+
+def test_a_precision_that_the_device_lacks_is_refused_before_the_first_batch(make_trainer, monkeypatch):
+    monkeypatch.setattr("rlhf_lessons.trainer.autocast", lambda device, precision: autocast(device, "fp16"))
+    with pytest.raises(ValueError, match="precision must be no, or bf16 where cpu has it"):
+        make_trainer()
+
+
 @pytest.mark.parametrize("rate", [1e5, 1e30, 1e38])
 def test_a_learning_rate_far_too_high_ends_in_the_same_error(rate, make_trainer):
     """Also where a single step leaves weights so large that the next iteration samples from NaN."""
@@ -743,6 +849,98 @@ def test_texts_are_cut_at_the_length_asked_for(make_lm, tokenizer, monkeypatch):
 def test_a_fit_that_diverges_raises_and_names_the_step(make_lm, tokenizer):
     with pytest.raises(FloatingPointError, match="the loss is nan in step"):
         fit_language_model(make_lm(), TEXTS, tokenizer, epochs=10, batch_size=4, learning_rate=1e38, device="cpu")
+
+
+def fits(make_lm, make_reward_model, tokenizer):
+    """Each fit of a fresh tiny model: name -> (model, fit(data=…, **settings))."""
+    lm, scorer = make_lm(), make_reward_model()
+
+    def fit_lm(data=TEXTS, **settings):
+        return fit_language_model(lm, data, tokenizer, **(dict(epochs=1, batch_size=4, device="cpu") | settings))
+
+    def fit_scorer(data=PAIRS, **settings):
+        return fit_reward_model(scorer, data, tokenizer, **(dict(batch_size=4, device="cpu") | settings))
+
+    return {"language model": (lm, fit_lm), "reward model": (scorer, fit_scorer)}
+
+
+FITS = pytest.mark.parametrize("name", ["language model", "reward model"])
+
+
+@FITS
+@pytest.mark.parametrize("broken", ["weight", "gradient"])
+def test_nothing_that_is_not_finite_reaches_a_fitted_weight(name, broken, make_lm, make_reward_model, tokenizer):
+    """A NaN among the weights is in the loss; one in a gradient alone, in the third step, is in no loss yet."""
+    model, fit = fits(make_lm, make_reward_model, tokenizer)[name]
+    weight = next(model.parameters())
+    if broken == "weight":
+        with_nan(model)
+        message, step = "the loss is nan in step 1", 1
+    else:
+        calls = iter([1.0, 1.0, math.nan] + [1.0] * 99)
+        weight.register_hook(lambda gradient: gradient * next(calls))
+        message, step = "the gradient is nan in step 3", 3
+    seen, before = [], parameter_hash(model)
+    with pytest.raises(FloatingPointError, match=message):
+        fit(on_step=lambda step, steps, loss: seen.append(parameter_hash(model)))
+    assert len(seen) == step - 1 and parameter_hash(model) == [before, *seen][-1]
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@FITS
+def test_a_fit_of_nothing_is_refused_at_once(name, make_lm, make_reward_model, tokenizer):
+    model, fit = fits(make_lm, make_reward_model, tokenizer)[name]
+    before = parameter_hash(model)
+    message = {"language model": "the number of texts must be a whole number >= 1; got 0",
+               "reward model": "preferences must hold at least one pair; got none"}[name]  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        fit([])
+    assert parameter_hash(model) == before
+
+
+def test_no_pairs_can_be_asked_of_the_annotators(make_lm, tokenizer):
+    for count in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"count must be a whole number >= 1; got {count}"):
+            fitting.annotated_preferences(make_lm(), tokenizer, count, seed=0)
+
+
+@FITS
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(epochs=0), "epochs must be a number > 0; got 0"),
+        (dict(epochs="1"), "epochs must be a number > 0; got '1'"),
+        (dict(epochs=math.nan), "epochs must be a number > 0; got nan"),
+        (dict(batch_size=0), "batch_size must be a whole number >= 1; got 0"),
+        (dict(batch_size=2.5), "batch_size must be a whole number >= 1; got 2.5"),
+        (dict(learning_rate="1e-3"), "learning_rate must be a number > 0; got '1e-3'"),
+        (dict(learning_rate=math.inf), "learning_rate must be a number > 0; got inf"),
+        (dict(precision="fp16"), "precision must be no, or bf16 where cpu has it; got 'fp16'"),
+    ],
+)
+def test_a_fit_s_settings_are_checked(name, settings, message, make_lm, make_reward_model, tokenizer):
+    model, fit = fits(make_lm, make_reward_model, tokenizer)[name]
+    with pytest.raises(ValueError, match=message):
+        fit(**settings)
+
+
+@pytest.mark.parametrize("count", [1, 4, 64])
+@pytest.mark.parametrize("texts", [("good .", "good ."), ("good .", "good  ."), ("story", "plot")])
+def test_pairs_that_nothing_can_tell_apart_are_refused(count, texts, make_reward_model, tokenizer):
+    """Equal texts, or texts that the tokenizer reads as equal: their scores would differ by rounding, if at all."""
+    scorer, pair = make_reward_model(), dict(prompt="film", chosen=texts[0], rejected=texts[1])
+    before, statistics = parameter_hash(scorer), (scorer.config.reward_mean, scorer.config.reward_std)
+    with pytest.raises(ValueError, match="preferences must hold a pair that the tokenizer tells apart: .* got none"):
+        fit_reward_model(scorer, [pair] * count, tokenizer, device="cpu")
+    assert parameter_hash(scorer) == before
+    assert (scorer.config.reward_mean, scorer.config.reward_std) == statistics
+
+
+def test_equal_pairs_among_others_teach_nothing_and_do_no_harm(make_reward_model, tokenizer):
+    """As the tiny world's annotators give them, who sometimes see one answer twice."""
+    equal = dict(prompt="film", chosen="good .", rejected="good .")
+    losses = fit_reward_model(make_reward_model(), [equal, *PAIRS], tokenizer, batch_size=1, device="cpu")
+    assert len(losses) == 65 and any(loss == pytest.approx(math.log(2), abs=1e-6) for loss in losses)
 
 
 def test_from_language_model_to_aligned_policy(make_lm, make_trainer, make_policy, tokenizer, tmp_path):
