@@ -192,11 +192,25 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
         (f"{RUN} --layers 0", "layers must be a whole number >= 1; got 0"),
         (f"{RUN} --lm-epochs nan", "lm_epochs must be a number > 0; got nan"),
         (f"{RUN} --width 30 --heads 4", "width must be a multiple of heads = 4; got 30"),
+        (f"{RUN} --adaptive-kl-target 1 --adaptive-kl-horizon 1", "adaptive_kl_horizon must be more than a fifth of b"),
+        # options that nobody would read
+        ("run --corpus corpus.txt", "give --preferences or --reward-model or --score with --corpus: .* annotators"),
+        ("run --model lm", "give --corpus with --layers: only what is trained on a corpus has a choice there"),
+        (f"{RUN} --model lm", "give --corpus or --model, not both"),
+        (f"{RUN} --preferences pairs.jsonl", "give --preferences or --score, not both: no reward model is trained"),
+        (f"{RUN} --reward-epochs 2", "give --reward-epochs or --score, not both"),
+        (f"{RUN} --num-preferences 8", "give --num-preferences or --score, not both"),
+        ("run --corpus corpus.txt --reward-model reward --preferences pairs.jsonl", "give --preferences or --reward-m"),
+        ("reward --preferences pairs.jsonl --num-preferences 8", "give --num-preferences or --preferences, not both"),
+        (f"{RUN} --prompts prompts.txt --opening-words 2", "give --opening-words or --prompts, not both"),
+        (f"{PPO} --adaptive-kl-horizon 9999", "give --adaptive-kl-target with --adaptive-kl-horizon: without a target"),
+        ("reward --model lm", "give --preferences, or a --score: the tiny world's annotators read no other texts"),
         # folders
         (f"{PPO} --out .", "--out must be a new or an empty folder; . already holds"),
         (f"{PPO} --out prompts.txt", "prompts.txt: File exists"),
         ("summary nothing", r"nothing: holds no run of PPO \(No such file or directory\)"),
         # samples
+        ("sample --prompts prompts.txt --prompt film", "give --prompts or --prompt, not both: both say what is contin"),
         ("sample --model lm --policy longer --score own_scores:good", "longer: its tokenizer has 10"),
         ("sample --model lm --policy lm --score own_scores:good --count 0", "count must be a whole number >= 1; got 0"),
         ("sample --model lm --policy lm --score own_scores:shape --prompt film --max-new-tokens 4", "must be one num"),
@@ -261,10 +275,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_its_metrics(run, tmp_
         *PPO.split(), *FAST, "--learning-rate", "1e18", "--num-iterations", 9, "--out", tmp_path / "out"
     )
     last = error.strip().splitlines()[-1]
-    done = int(re.search(r"^error: (loss|grad_norm) is (nan|inf) in iteration (\d+)", last)[3]) - 1
+    done = int(re.search(r"^error: (loss|grad_norm|\w*log_probs) is (nan|inf) in iteration (\d+)", last)[3]) - 1
     assert code == 2 and 1 <= done < 9
     assert [row["iteration"] for row in read_metrics(tmp_path / "out")] == list(range(1, done + 1))
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_report_that_fails_after_the_training_costs_the_exit_code_alone(run, monkeypatch, tmp_path):
+    """The function of one's own that scored all batches gives up on the samples."""
+    from rlhf_lessons.app import pipeline
+
+    def fail(*arguments, **options):
+        raise RuntimeError("own_scores: service unavailable")
+
+    monkeypatch.setattr(pipeline, "compare", fail)
+    code, _, error = run(*PPO.split(), *FAST, "--out", tmp_path / "out")
+    assert code == 2 and "samples.md: not written: RuntimeError: own_scores: service unavailable\n" in error
+    assert error.endswith("\nerror: cannot write samples.md; the policy and the rest of the run are written\n")
+    assert {"policy", "figures", "summary.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert run("summary", tmp_path / "out")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -477,9 +506,9 @@ ADAPTIVE = "--adaptive-kl-target 1".split()  # without it its horizon is not ask
 @pytest.mark.parametrize(
     ("name", "calls"),
     [
-        ("run", [["--num-preferences", "8", *SMALL, *FAST, *ADAPTIVE], [*RUN.split()[1:], *SMALL, *FAST]]),
+        ("run", [["--num-preferences", "8", *FAST, *ADAPTIVE], [*RUN.split()[1:], *SMALL, *FAST]]),
         ("pretrain", [["--corpus", "corpus.txt", *SMALL, "--device", "cpu"]]),
-        ("reward", [["--model", "lm", "--num-preferences", "8", "--device", "cpu"]]),
+        ("reward", [["--num-preferences", "8", "--device", "cpu"]]),
         ("ppo", [[*PPO.split()[1:], *FAST, *ADAPTIVE]]),
         ("sample", ["--model lm --policy lm --score own_scores:good --prompts prompts.txt --count 2".split()]),
         ("summary", [["finished"]]),
@@ -634,7 +663,8 @@ def test_another_architecture_with_a_tokenizer_of_its_own(run, world, make_lm, t
 def test_the_settings_are_the_preset_s_with_what_is_given_in_their_place():
     parser = commands.build_parser()
     assert commands.settings_from(parser.parse_args(["run"])) == PRESETS["tiny"]
-    given = "run --preset small --width 96 --kl-coef 0 --no-whiten-advantages".split()
+    given = "run --preset small --corpus corpus.txt --score own_scores:good --width 96 --kl-coef 0".split()
+    given.append("--no-whiten-advantages")
     settings = commands.settings_from(parser.parse_args(given))
     pretrain, ppo = settings.pretrain, settings.ppo
     assert (pretrain.width, pretrain.layers, pretrain.lm_epochs) == (96, 12, 6.0)

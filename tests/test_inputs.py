@@ -169,7 +169,7 @@ FILES = "--corpus corpus.txt --preferences pairs.jsonl --eval-preferences held_o
 @pytest.mark.parametrize(
     ("arguments", "models"),
     [
-        (["run", *FILES, "--model", "lm", *PPO, "--out", "out"], ["lm"]),
+        (["run", *FILES[2:], "--model", "lm", *PPO, "--out", "out"], ["lm"]),
         (["run", *FILES, *FIT, *PPO, "--out", "out"], []),  # what was just trained is at hand
         (["ppo", *FILES[-2:], "--model", "lm", "--reward-model", "reward", *PPO, "--out", "out"], ["lm", "reward"]),
         (["reward", *FILES[2:-2], "--model", "lm", "--device", "cpu", "--out", "out"], ["lm"]),

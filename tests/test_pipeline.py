@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 
+from rlhf_lessons.app import pipeline
 from rlhf_lessons.app.inputs import ASSETS, Model, load_model, resolve
-from rlhf_lessons.app.pipeline import compare, fit_reward, longest_response, pretrain
+from rlhf_lessons.app.pipeline import compare, fit_reward, longest_response, optimise, pretrain
 from rlhf_lessons.app.run_folder import RunFolder
 from rlhf_lessons.config import PPOConfig, PretrainConfig, RewardConfig, Settings
 from rlhf_lessons.fitting import annotated_preferences
-from rlhf_lessons.models import context_of, load_causal_lm
+from rlhf_lessons.models import context_of, load_causal_lm, load_reward_model
 from rlhf_lessons.scoring import as_scorer
 
 CPU = PPOConfig(device="cpu", max_new_tokens=4)
@@ -46,12 +47,86 @@ def test_a_reward_model_is_measured_on_held_out_pairs(make_lm, tokenizer, tmp_pa
     assert "right on 75.0% of 4 held-out pairs" in capsys.readouterr().err
 
 
+def test_a_reward_model_is_kept_when_measuring_it_fails(make_lm, tokenizer, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline, "preference_accuracy", fail)
+    pair = json.dumps({"prompt": "film", "chosen": "good .", "rejected": "bad ."})
+    (tmp_path / "pairs.jsonl").write_text("\n".join([pair] * 8))
+    files = dict(preferences=tmp_path / "pairs.jsonl", eval_preferences=tmp_path / "pairs.jsonl")
+    given = resolve(argparse.Namespace(command="reward", **files))
+    with pytest.raises(MemoryError):
+        fit_reward(given, Model(make_lm(), tokenizer, "lm"), Settings(ppo=CPU), RunFolder(tmp_path / "out"))
+    assert load_reward_model(tmp_path / "out" / "reward_model").config.reward_std != 1
+
+
+@pytest.mark.parametrize(("equal", "said"), [(0, None), (3, "careful: 3 of the pairs hold the same text twice")])
+def test_pairs_of_equal_texts_are_counted(equal, said, make_lm, tokenizer, tmp_path, capsys):
+    pair = {"prompt": "film", "chosen": "good .", "rejected": "bad ."}
+    pairs = [pair] * 8 + [pair | {"rejected": "good ."}] * equal
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    given = resolve(argparse.Namespace(command="reward", preferences=tmp_path / "pairs.jsonl"))
+    fit_reward(given, Model(make_lm(), tokenizer, "lm"), Settings(ppo=CPU), RunFolder(tmp_path / "out"))
+    error = capsys.readouterr().err
+    assert said in error if said else "same text" not in error
+
+
+def test_the_annotators_are_not_asked_of_words_that_they_cannot_read(make_lm, tokenizer, tmp_path):
+    """They would choose at random, and a reward model would be trained on that."""
+    given = resolve(argparse.Namespace(command="reward"))
+    with pytest.raises(ValueError, match="give --preferences, or a --score: the tiny world's annotators read no other"):
+        fit_reward(given, Model(make_lm(), tokenizer, "lm"), Settings(ppo=CPU), RunFolder(tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_annotators_compare_two_answers_of_the_base_model():
     base = load_model(load_causal_lm, ASSETS / "base")
     pairs, again = (annotated_preferences(base.network, base.tokenizer, 20, seed=0) for _ in range(2))
     assert len(pairs) == 20 and all(set(pair) == {"prompt", "chosen", "rejected"} for pair in pairs)
     assert sum(pair["chosen"] != pair["rejected"] for pair in pairs) > 15
     assert pairs == again
+
+
+# --- The report -------------------------------------------------------------------------------------------------------
+
+PARTS = {"samples.md": "compare", "figures": "draw_run", "summary.json": None}
+
+
+def failing(*arguments, **options):
+    raise KeyError("something that nobody thought of")
+
+
+@pytest.mark.parametrize("broken", [["compare"], ["draw_run"], ["compare", "draw_run"]])
+def test_a_part_of_the_report_that_fails_takes_nothing_with_it(broken, make_trainer, tmp_path, monkeypatch, capsys):
+    """The policy is there, and every other part; what failed is said, and the run does not pass for a success."""
+    for name in broken:
+        monkeypatch.setattr(pipeline, name, failing)
+    lost = [part for part, function in PARTS.items() if function in broken]
+    with pytest.raises(ValueError, match=f"^cannot write {', '.join(lost)}; the policy and the rest .* are written$"):
+        optimise(make_trainer(num_iterations=2), RunFolder(tmp_path / "out"), gold=False)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"policy", "metrics.jsonl", *PARTS} - set(lost)
+    said = [line for line in capsys.readouterr().err.splitlines() if "not written" in line]
+    assert said == [f"{part}: not written: KeyError: 'something that nobody thought of'" for part in lost]
+    load_causal_lm(tmp_path / "out" / "policy")
+
+
+def test_a_summary_that_cannot_be_written_leaves_samples_and_figures(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder, "write_json", failing)
+    with pytest.raises(ValueError, match="^cannot write summary.json; "):
+        optimise(make_trainer(num_iterations=1), RunFolder(tmp_path / "out"), gold=False)
+    assert {"policy", "samples.md", "figures"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_an_interruption_is_no_failure_of_a_part(make_trainer, tmp_path, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "compare", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        optimise(make_trainer(num_iterations=1), RunFolder(tmp_path / "out"), gold=False)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "policy"]
 
 
 # --- Samples ----------------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf_lessons import __version__
-from rlhf_lessons.config import PRESETS, Settings
+from rlhf_lessons.config import PRESETS, PretrainConfig, RewardConfig, Settings
 
 EXIT_ERROR = 2
+OPENING_WORDS = 3
 
 ABOUT = """\
 RLHF with PPO on a small language model, all of it: a base model learns to write from text, a reward model learns
@@ -79,6 +80,17 @@ USES = {  # command -> the settings that it reads, section by section; None for 
     "reward": {"reward": None, "ppo": MACHINE},
     "ppo": {"ppo": None},
 }
+PRETRAIN, REWARD = (tuple(item.name for item in fields(kind)) for kind in (PretrainConfig, RewardConfig))
+READ = (  # options, what they need one of, what leaves nobody to read them, why
+    (("corpus",), ("preferences", "reward_model", "score"), ("model",),
+     "a model is trained on the corpus from scratch, and the tiny world's annotators cannot judge its texts"),
+    (PRETRAIN, ("corpus",), (), "only what is trained on a corpus has a choice there"),
+    (("preferences", *REWARD), (), ("score", "reward_model"), "no reward model is trained beside another score"),
+    (("num_preferences",), (), ("preferences",), "the first asks the tiny world's annotators"),
+    (("opening_words",), ("corpus",), ("prompts",), "they are those of a corpus's lines"),
+    (("prompts",), (), ("prompt",), "both say what is continued"),
+    (("adaptive_kl_horizon",), ("adaptive_kl_target",), (), "without a target β is fixed"),
+)  # fmt: skip
 TITLES = {"pretrain": "a language model trained from scratch", "reward": "the reward model's fit", "ppo": "PPO"}
 
 
@@ -91,6 +103,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 after one line."""
         self.exit(EXIT_ERROR, f"error: {message}\nsee {self.prog} --help\n")
+
+
+def typed(*names: str) -> str:
+    """Options as they are typed, but for the dashes in front of the first."""
+    return " or --".join(names).replace("_", "-")
 
 
 def shown(value: Any) -> str:
@@ -110,7 +127,7 @@ def add_settings(parser: Parser, section: str, names: tuple[str, ...] | None) ->
         default, *others = (shown(getattr(preset, item.name)) for preset in presets.values())
         differs = "".join(f"; {name}: {o}" for name, o in zip(list(presets)[1:], others, strict=True) if o != default)
         help = f"{item.metadata['help']} (default: {default}{differs})".replace("%", "%%")
-        option = "--" + item.name.replace("_", "-")
+        option = "--" + typed(item.name)
         if isinstance(item.default, bool):
             group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
@@ -130,7 +147,7 @@ def add_command(commands: Any, name: str, help: str, *sources: str) -> Parser:
     group = sub.add_argument_group("your own data and models (the tiny world's where not given)")
     for source in sources:
         kind, metavar, text = SOURCES[source]
-        group.add_argument("--" + source.replace("_", "-"), type=kind, metavar=metavar, help=text)
+        group.add_argument("--" + typed(source), type=kind, metavar=metavar, help=text)
     if stage:
         sub.add_argument("--out", type=Path, metavar="FOLDER", help="new folder to write (default: runs/ and the time)")
         sub.add_argument(
@@ -160,8 +177,8 @@ def build_parser() -> Parser:
         "corpus", "preferences", "eval_preferences", "prompts", "model", "reward_model", "score",
     )  # fmt: skip
     run.add_argument(
-        "--opening-words", type=int, default=3, metavar="N",
-        help="words of a --corpus line that make a prompt; 0: the begin token alone (default: 3)",
+        "--opening-words", type=int, default=OPENING_WORDS, metavar="N",
+        help=f"words of a --corpus line that make a prompt; 0: the begin token alone (default: {OPENING_WORDS})",
     )  # fmt: skip
     add_command(commands, "pretrain", "train a language model from scratch on text", "corpus")
     add_command(
@@ -195,8 +212,26 @@ def build_parser() -> Parser:
     return parser
 
 
+def check_given(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for an option that the command, beside the others, would not read: given is used, or refused."""
+    values = vars(arguments)
+    given = {k for k, v in values.items() if v is not None and (k, v) != ("opening_words", OPENING_WORDS)}
+    if values["command"] == "pretrain":
+        given &= {"corpus", "vocab_size"}  # it reads the other sizes without a corpus too
+    for names, needed, others, why in READ:
+        for name in filter(given.__contains__, names):
+            for other in filter(given.__contains__, others):
+                raise ValueError(f"give --{typed(name, other)}, not both: {why}")
+            if values.keys() & needed and not given.intersection(needed):
+                raise ValueError(f"give --{typed(*needed)} with --{typed(name)}: {why}")
+
+
 def settings_from(arguments: argparse.Namespace) -> Settings:
-    """The preset's settings with what was given on the command line in their place."""
+    """The preset's settings with what was given on the command line in their place.
+
+    Raises ValueError for an option out of range or out of place.
+    """
+    check_given(arguments)
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     preset = PRESETS[arguments.preset]
     return Settings(**{

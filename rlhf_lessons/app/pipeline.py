@@ -6,7 +6,7 @@ replaced by one's own.
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from rlhf_lessons.app.inputs import (
     choose_score,
     warn_of_unknown,
 )
-from rlhf_lessons.app.options import USES
+from rlhf_lessons.app.options import USES, check_given
 from rlhf_lessons.app.run_folder import RunFolder, draw_run, mean_of_last, samples_table
 from rlhf_lessons.config import PPOConfig, Settings, require
 from rlhf_lessons.display import fit_progress, progress, say
@@ -119,11 +119,16 @@ def fit_reward(inputs: Inputs, base: Model, settings: Settings, folder: RunFolde
     """Train a reward model on preferences, from the base model's trunk, and measure it on held-out pairs."""
     lm, tokenizer, config, ppo = base.network, base.tokenizer, settings.reward, settings.ppo
     if inputs.preferences is None:
+        if not of_tiny_world(tokenizer):
+            raise ValueError("give --preferences, or a --score: the tiny world's annotators read no other texts")
         pairs = annotated_preferences(lm, tokenizer, config.num_preferences + NUM_HELD_OUT, seed=ppo.seed)
         preferences, held_out = pairs[:-NUM_HELD_OUT], pairs[-NUM_HELD_OUT:]
     else:
         preferences, held_out = inputs.preferences, inputs.eval_preferences or []
         warn_of_unknown([pair["chosen"] for pair in preferences], tokenizer, inputs.given["preferences"])
+        equal = sum(pair["chosen"] == pair["rejected"] for pair in preferences)
+        if equal:
+            say(f"careful: {equal} of the pairs hold the same text twice, which teaches nothing")
     model = RewardModel.from_causal_lm(lm, pad_token_id=tokenizer.pad_token_id, seed=ppo.seed)
     say(f"reward model: {millions(model)} parameters, {len(preferences)} pairs")
     fit_reward_model(
@@ -131,19 +136,26 @@ def fit_reward(inputs: Inputs, base: Model, settings: Settings, folder: RunFolde
         learning_rate=config.reward_learning_rate, seed=ppo.seed, device=ppo.device, precision=ppo.precision,
         on_step=fit_progress(label="reward model"),
     )  # fmt: skip
+    path = folder.save_models("reward_model", model, tokenizer)
     if held_out:
         accuracy = preference_accuracy(model, held_out, tokenizer)
         folder.write_json("reward_model.json", {"held_out_pairs": len(held_out), "accuracy": round(accuracy, 4)})
         say(f"reward model: right on {accuracy:.1%} of {len(held_out)} held-out pairs")
     else:
         say("reward model: not measured, since there are no --eval-preferences")
-    return Model(model, tokenizer, str(folder.save_models("reward_model", model.cpu(), tokenizer)))
+    return Model(model.cpu(), tokenizer, str(path))
+
+
+def of_tiny_world(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a tokenizer's words are the tiny world's, which its annotators and its gold reward read."""
+    return tokenizer.get_vocab() == tiny_reviews.build_tokenizer().get_vocab()
 
 
 def optimise(trainer: PPOTrainer, folder: RunFolder, *, gold: bool) -> dict[str, Any]:
     """PPO, then the report. Returns the summary: before, and the mean of the last iterations.
 
-    gold: whether the gold reward is measured too; it means something in the tiny world alone.
+    gold: whether the gold reward is measured too; it means something in the tiny world alone. Raises ValueError at the
+    end for parts of the report that could not be made; policy and metrics are there then, and all other parts.
     """
     history: list[dict[str, float]] = []
     shown = {"reward": "score", **({"gold": "gold"} if gold else {}), "KL": "kl"}
@@ -166,13 +178,32 @@ def optimise(trainer: PPOTrainer, folder: RunFolder, *, gold: bool) -> dict[str,
     folder.save_models("policy", trainer.policy, tokenizer)
 
     models = {"before": trainer.reference, "after": trainer.lm}
-    samples = compare(models, tokenizer, trainer.prompts, trainer.scorer, trainer.config, gold=gold)
-    folder.write_text("samples.md", samples_table(samples))
-    draw_run(folder, history, *longest_response(trainer.batch, tokenizer))
     names = [name for name in ("score", "gold", "kl") if name in history[-1]]
     summary = {"before": before, "after": {name: mean_of_last(history, name) for name in names}}
-    folder.write_json("summary.json", summary)  # last: a folder that has it is a finished run's
+
+    def write_samples() -> None:
+        samples = compare(models, tokenizer, trainer.prompts, trainer.scorer, trainer.config, gold=gold)
+        folder.write_text("samples.md", samples_table(samples))
+
+    write_each({
+        "samples.md": write_samples,
+        "figures": lambda: draw_run(folder, history, *longest_response(trainer.batch, tokenizer)),
+        "summary.json": lambda: folder.write_json("summary.json", summary),  # last: who has it has finished
+    })  # fmt: skip
     return summary
+
+
+def write_each(parts: Mapping[str, Callable[[], None]]) -> None:
+    """Write the parts of a report, each by itself. Raises ValueError at the end, naming all that failed."""
+    failed = []
+    for name, write in parts.items():
+        try:
+            write()
+        except Exception as error:  # whatever it is: the parts after it can be made all the same
+            failed.append(name)
+            say(f"{name}: not written: {type(error).__name__}: {error}")
+    if failed:
+        raise ValueError(f"cannot write {', '.join(failed)}; the policy and the rest of the run are written")
 
 
 def compare(
@@ -205,15 +236,14 @@ def compare(
 def side_by_side(inputs: Inputs, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """`sample`: responses of the model before PPO and after it, as `compare` gives them."""
     require("count", arguments.count, arguments.count >= 1, "a whole number >= 1")
+    check_given(arguments)
     config = PPOConfig(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
     before, after = inputs.model, inputs.policy
-    vocabulary = before.tokenizer.get_vocab()
-    if vocabulary != after.tokenizer.get_vocab():
+    if before.tokenizer.get_vocab() != after.tokenizer.get_vocab():
         raise ValueError("--model (before) and --policy (after) must share a tokenizer; give both, from one run")
     scorer = as_scorer(choose_score(inputs, inputs.reward_model, before.tokenizer, device="cpu"), before.tokenizer)
     prompts = arguments.prompt or choose_prompts(inputs, opening_words=0, seed=config.seed)
-    gold = vocabulary == tiny_reviews.build_tokenizer().get_vocab()
-    models = {"before": before.network, "after": after.network}
+    gold, models = of_tiny_world(before.tokenizer), {"before": before.network, "after": after.network}
     return compare(models, before.tokenizer, prompts, scorer, config, gold=gold, count=arguments.count)
 
 
