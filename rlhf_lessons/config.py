@@ -24,8 +24,8 @@ class Allowed(NamedTuple):
 
 
 def is_number(x: Any) -> bool:
-    """A real number that is no truth value and not NaN."""
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and x == x
+    """A real number that is no truth value. NaN passes here, and no comparison."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def is_whole(x: Any) -> bool:

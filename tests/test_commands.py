@@ -24,7 +24,7 @@ import torch
 
 import rlhf_lessons
 from rlhf_lessons import __main__ as commands
-from rlhf_lessons.app.options import EXAMPLES, USES, build_parser
+from rlhf_lessons.app.options import EXAMPLES, USES, build_parser, check_given
 from rlhf_lessons.app.run_folder import read_metrics
 from rlhf_lessons.config import PRESETS, PPOConfig, PretrainConfig, RewardConfig, Settings
 
@@ -194,6 +194,7 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
         (f"{RUN} --width 30 --heads 4", "width must be a multiple of heads = 4; got 30"),
         (f"{RUN} --adaptive-kl-target 1 --adaptive-kl-horizon 1", "adaptive_kl_horizon must be more than a fifth of b"),
         # options that nobody would read
+        ("pretrain --vocab-size 300", "give --corpus with --vocab-size: only what is trained on a corpus has a choice th"),
         ("run --corpus corpus.txt", "give --preferences or --reward-model or --score with --corpus: .* annotators"),
         ("run --model lm", "give --corpus with --layers: only what is trained on a corpus has a choice there"),
         (f"{RUN} --model lm", "give --corpus or --model, not both"),
@@ -220,7 +221,7 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
 def test_bad_input_is_said_in_a_line(arguments, message, run, tmp_path):
     name, *options = shlex.split(arguments)
     if name not in ("sample", "summary"):
-        sizes = {"run": [*FAST, *SMALL], "ppo": FAST, "reward": ["--device", "cpu"]}[name]
+        sizes = {"run": [*FAST, *SMALL], "ppo": FAST}.get(name, ["--device", "cpu"])
         options = [*sizes, "--out", tmp_path / "out", *options]
     code, _, error = run(name, *options)
     *_, last = error.strip().splitlines()
@@ -525,6 +526,22 @@ def test_a_command_takes_the_options_that_it_reads_and_no_others(name, calls, ru
         assert code == 0, error
     settings = {field.name for section in fields(Settings) for field in fields(section.default)}
     assert reads.names & (listed | settings if name in USES else listed) == listed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "pretrain --layers 2 --context 32",  # the tiny world's corpus has no other tokenizer, but models of any size
+        "run --preset small",
+        "run --opening-words 3",  # as without it
+        "run --corpus c --preferences p --eval-preferences e --layers 2 --reward-epochs 2 --opening-words 5",
+        "run --model m --prompts p --preferences q",
+        "run --adaptive-kl-target 6 --adaptive-kl-horizon 100",
+        "reward --num-preferences 100",
+    ],
+)
+def test_options_that_are_read_are_not_refused(options):
+    check_given(build_parser().parse_args(options.split()))
 
 
 @pytest.mark.parametrize("name", NAMES)
