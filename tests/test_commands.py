@@ -194,7 +194,7 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
         (f"{RUN} --width 30 --heads 4", "width must be a multiple of heads = 4; got 30"),
         (f"{RUN} --adaptive-kl-target 1 --adaptive-kl-horizon 1", "adaptive_kl_horizon must be more than a fifth of b"),
         # options that nobody would read
-        ("pretrain --vocab-size 300", "give --corpus with --vocab-size: only what is trained on a corpus has a choice th"),
+        ("pretrain --vocab-size 300", "give --corpus with --vocab-size: only what is trained on a corpus has a "),
         ("run --corpus corpus.txt", "give --preferences or --reward-model or --score with --corpus: .* annotators"),
         ("run --model lm", "give --corpus with --layers: only what is trained on a corpus has a choice there"),
         (f"{RUN} --model lm", "give --corpus or --model, not both"),
