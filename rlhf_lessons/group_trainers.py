@@ -3,7 +3,6 @@
 The policy is a plain language model. Each method is the shared step with a credit, and perhaps a loss, of its own.
 """
 
-import torch
 from torch import Tensor
 
 from rlhf_lessons.baselines import group_advantages, leave_one_out_baseline
@@ -47,8 +46,7 @@ class GRPOTrainer(Trainer):
     def losses(self, batch: Credited) -> tuple[Tensor, Report]:
         """The clipped policy loss plus β times the KL from the reference, each a mean over real tokens."""
         logits = self.response_logits(batch)
-        # Padding is silenced before k3's exponential: an overflow there would reach the gradient as 0·∞.
-        log_probs = torch.where(batch.response_mask, action_log_probs(logits, batch.responses), 0)
+        log_probs = action_log_probs(logits, batch.responses)
         policy_loss, mean_entropy, report = self.policy_losses(log_probs, logits, batch)
         kl = masked_mean(sampled_kl(log_probs, batch.ref_log_probs, kind="k3"), batch.response_mask)
         loss = policy_loss + self.kl_controller.coef * kl - self.config.ent_coef * mean_entropy

@@ -76,6 +76,7 @@ def test_a_run_s_settings_are_of_their_kinds(section):
     [
         # β falls by a fifth of batch_size / horizon at most: it must stay positive
         (PPOConfig, dict(adaptive_kl_horizon=25), "adaptive_kl_horizon must be more than a fifth of batch_size = 128"),
+        (PPOConfig, dict(batch_size=40, minibatch_size=8, adaptive_kl_horizon=8), "adaptive_kl_horizon must be more"),
         (GroupConfig, dict(adaptive_kl_horizon=1), "adaptive_kl_horizon must be more than a fifth of batch_size = 128"),
         # before an iteration's only step there is no KL to pass
         (PPOConfig, dict(target_kl=0.1, ppo_epochs=1, minibatch_size=128), "target_kl must be None where an iteration"),
