@@ -13,6 +13,7 @@ from typing import Any
 from rlhf_lessons.app.options import EXIT_ERROR, build_parser, settings_from
 
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141  # as of a program that the system ends because nobody reads what it prints
 
 
 def run_stage(arguments: argparse.Namespace) -> None:
@@ -95,12 +96,29 @@ def flush() -> None:
         raise
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command. Returns 0, or 2 after one line on what was wrong, or 130 when interrupted."""
+def print_anywhere() -> None:
+    """Let every console print what it can: a character that its encoding lacks comes out as its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def run_command(argv: list[str] | None) -> None:
+    """Run a command, and hand over all that was printed, a help text too."""
     try:
         arguments = build_parser().parse_args(argv)
         {"sample": show_samples, "summary": show_summary}.get(arguments.command, run_stage)(arguments)
+    finally:
         flush()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Returns 0, or 2 after one line on what was wrong, 130 when interrupted, 141 when nobody reads."""
+    print_anywhere()
+    try:
+        run_command(argv)
+    except BrokenPipeError:
+        return EXIT_UNREAD
     except KeyboardInterrupt:
         exec("")  # Python forgets an interruption inside such a call only at the next one, else it ends by a signal
         print("\nstopped; what was written so far is complete and can be read", file=sys.stderr)

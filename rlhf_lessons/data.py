@@ -4,6 +4,7 @@ Every error is a ValueError that names the file and, where there is one, the lin
 """
 
 import json
+import os.path
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PREFERENCE_FIELDS = ("prompt", "chosen", "rejected")
+LONG = ("refuse", "drop", "cut")  # what becomes of a pair that is longer than the context
+# What opens an answer where whole conversations are written as one text.
+ANSWERS = ("\n\nAssistant:", "<|im_start|>assistant\n", "<|assistant|>\n", "[/INST]")
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]  # a text, its token ids, or the messages of a chat
 
 
 class Record(dict):
@@ -45,15 +51,19 @@ def read_corpus(path: str | Path) -> list[str]:
 
 
 def read_preferences(path: str | Path) -> list[Record]:
-    """JSON lines with the string fields `prompt` (may be empty), `chosen` and `rejected`; other fields are ignored."""
-    records = [json_record(path, number, line, PREFERENCE_FIELDS) for number, line in read_lines(path)]
-    return [Record({field: record[field] for field in PREFERENCE_FIELDS}, record.place) for record in records]
+    """JSON lines with `prompt` (may be empty), `chosen` and `rejected`, each a text or a list of messages.
+
+    Without a prompt the two are whole conversations, and the prompt is what they share up to their last turn. Other
+    fields are ignored; in what is returned, `chosen` and `rejected` are texts.
+    """
+    records = [json_record(path, number, line, PREFERENCE_FIELDS[1:]) for number, line in read_lines(path)]
+    return [preference(record) for record in records]
 
 
 def read_prompts(path: str | Path) -> list[Record]:
-    """One prompt a line, or JSON lines with a string field `prompt` where the file's name ends in .json or .jsonl.
+    """One prompt a line, or JSON lines with a field `prompt` where the file's name ends in .json or .jsonl.
 
-    What else a JSON line holds stays beside its prompt, for a score that asks for it.
+    There it is a text or a list of messages. What else a JSON line holds stays beside it, for a score that asks for it.
     """
     if Path(path).suffix in (".json", ".jsonl"):
         return [json_record(path, number, line, ("prompt",)) for number, line in read_lines(path)]
@@ -61,26 +71,59 @@ def read_prompts(path: str | Path) -> list[Record]:
 
 
 def json_record(path: str | Path, number: int, line: str, fields: tuple[str, ...]) -> Record:
-    """One JSON line; the named fields must be strings."""
+    """One JSON line; the named fields must be there, and they and a `prompt` hold texts, or messages with texts."""
+    place = f"{path}, line {number}"
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # the latter, and a plain ValueError, for absurd nesting and numbers
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise ValueError(f"{path}, line {number}: not valid JSON: {reason}") from error
+        raise ValueError(f"{place}: not valid JSON: {reason}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{path}, line {number}: the line must be a JSON object; got {type(record).__name__}")
+        raise ValueError(f"{place}: the line must be a JSON object; got {type(record).__name__}")
     for field in fields:
         if field not in record:
-            raise ValueError(f'{path}, line {number}: the field "{field}" is missing; found {sorted(record)}')
-        if not isinstance(record[field], str):
-            raise ValueError(
-                f'{path}, line {number}: the field "{field}" must be a string; got {type(record[field]).__name__}'
-            )
-        if any("\ud800" <= character <= "\udfff" for character in record[field]):
-            raise ValueError(f'{path}, line {number}: the field "{field}" holds half of a surrogate pair, no character')
-        if field != "prompt" and not record[field].strip():
-            raise ValueError(f'{path}, line {number}: the field "{field}" must not be empty')
-    return Record(record, f"{path}, line {number}")
+            raise ValueError(f'{place}: the field "{field}" is missing; found {sorted(record)}')
+    for field in PREFERENCE_FIELDS:
+        if field in fields or (field == "prompt" and field in record):
+            check_texts(record[field], field, place)
+    return Record(record, place)
+
+
+def check_texts(value: Any, field: str, place: str) -> None:
+    """Raise ValueError, naming the place, unless a field is a text, or a list of messages with texts."""
+    if not isinstance(value, (str, list)):
+        raise ValueError(f'{place}: the field "{field}" must be a string; got {type(value).__name__}')
+    if isinstance(value, list) and not is_chat(value):
+        raise ValueError(f'{place}: the field "{field}" must be a string, or messages with role and content')
+    for text in [value] if isinstance(value, str) else [message["content"] for message in value]:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f'{place}: the field "{field}" holds half of a surrogate pair, no character')
+
+
+def preference(record: Record) -> Record:
+    """One line's prompt and its two answers, whichever way they were written.
+
+    Raises ValueError, naming the place, where the two share no prompt, or an answer is empty.
+    """
+    place, prompt, answers = record.place, record.get("prompt"), [record["chosen"], record["rejected"]]
+    if all(isinstance(answer, list) for answer in answers):
+        (*prompt_of_chosen, chosen), (*prompt_of_rejected, rejected) = answers
+        if prompt_of_chosen != prompt_of_rejected:
+            raise ValueError(f"{place}: chosen and rejected must be the same conversation up to their last turns")
+        answers, prompt = [chosen["content"], rejected["content"]], prompt_of_chosen or prompt
+    elif prompt is None and all(isinstance(answer, str) for answer in answers):
+        shared = os.path.commonprefix(answers)
+        length = max((shared.rfind(opening) + len(opening) for opening in ANSWERS if opening in shared), default=0)
+        answers, prompt = [answer[length:] for answer in answers], shared[:length] or None
+    elif not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"{place}: chosen and rejected must both be texts or both be messages")
+    if prompt is None:
+        raise ValueError(f'{place}: the field "prompt" is missing; found {sorted(record)}')
+    fields = dict(zip(PREFERENCE_FIELDS, [prompt, *answers], strict=True))
+    for field, text in list(fields.items())[1:]:
+        if not text.strip():
+            raise ValueError(f'{place}: the field "{field}" must not be empty')
+    return Record(fields, place)
 
 
 def sentence_openings(texts: list[str], *, words: int) -> list[str]:
@@ -88,37 +131,127 @@ def sentence_openings(texts: list[str], *, words: int) -> list[str]:
     return [" ".join(text.split()[:words]) for text in texts if len(text.split()) > words]
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-    """Token ids of a prompt; an empty one becomes the begin token alone (the EOS token where there is no other)."""
-    ids = tokenizer(prompt).input_ids if prompt else []
-    if ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # some tokenizers close every text; a prompt is to be continued
-    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return ids or [begin]
+# --- Texts and token ids ----------------------------------------------------------------------------------------------
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages, each with a `role` and a `content` in text."""
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(
+        isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in prompt
+    )  # fmt: skip
+
+
+def as_record(prompt: Prompt | Mapping[str, Any]) -> Mapping[str, Any]:
+    """A prompt as a record: {"prompt": …}, and whatever columns a record already has beside it."""
+    return prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+
+
+def prompt_text(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
+    """A prompt as text: messages by the tokenizer's chat template, up to where the answer begins.
+
+    Raises ValueError for messages that the template does not take, and for what is no prompt.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if is_chat(prompt):
+        if not tokenizer.chat_template:
+            raise ValueError("tokenizer must have a chat template where a prompt is a list of messages; got none")
+        try:
+            return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # of Jinja, in which a template says what it does not take
+            raise ValueError(f"messages must suit the tokenizer's chat template; got: {error}") from error
+    if not isinstance(prompt, Sequence) or not all(type(i) is int and 0 <= i for i in prompt):
+        raise ValueError(f"prompt must be a text, a list of token ids or a list of messages; got {prompt!r:.80}")
+    return text_of(tokenizer, without_begin(tokenizer, list(prompt)))
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
+    """Token ids of a prompt; an empty one becomes the begin token alone (the EOS token where there is no other).
+
+    A text has one begin token at most and no EOS at its end, whatever it or the tokenizer brings: it will be continued.
+    """
+    text, begin, end = prompt_text(tokenizer, prompt), tokenizer.bos_token_id, tokenizer.eos_token_id
+    if not isinstance(prompt, str) and not is_chat(prompt):
+        ids = list(prompt)
+    else:
+        ids = tokenizer(text, add_special_tokens=isinstance(prompt, str)).input_ids if text else []
+        while ids and ids[-1] == end:
+            ids = ids[:-1]
+        while ids[:2] == [begin, begin]:
+            ids = ids[1:]
+    return ids or [end if begin is None else begin]
 
 
 def encode_prompts(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Mapping[str, Any]], *,
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt | Mapping[str, Any]], *,
     max_new_tokens: int, context: float, whose: str = "the model",
 ) -> list[list[int]]:  # fmt: skip
-    """Token ids of each prompt, a text or a record with one.
+    """Token ids of each prompt, or of each record with one.
 
-    Raises ValueError, naming its place, for a prompt that leaves a response no room in the context, or for no prompts.
+    Raises ValueError, naming its place, for a prompt that leaves a response no room in the context, or that cannot be
+    read; and for no prompts.
     """
     if not prompts:
         raise ValueError("prompts must hold at least one prompt; got none")
-    encoded = [encode_prompt(tokenizer, prompt if isinstance(prompt, str) else prompt["prompt"]) for prompt in prompts]
-    for number, ids in enumerate(encoded):
-        if len(ids) + max_new_tokens > context:
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        place = getattr(prompt, "place", f"prompt {number}")
+        try:
+            encoded.append(encode_prompt(tokenizer, as_record(prompt)["prompt"]))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if len(encoded[-1]) + max_new_tokens > context:
             raise ValueError(
-                f"{getattr(prompts[number], 'place', f'prompt {number + 1}')}: a prompt must leave room for "
-                f"max_new_tokens = {max_new_tokens} in {whose}'s context of {context}; got one of {len(ids)} tokens"
+                f"{place}: a prompt must leave room for max_new_tokens = {max_new_tokens} in {whose}'s context of "
+                f"{context}; got one of {len(encoded[-1])} tokens"
             )
     return encoded
 
 
+def encode_response(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, response: str, *, ended: bool = True, sampled: bool = False
+) -> list[int]:
+    """Token ids of a response to that prompt, one EOS last: just what the policy would have had to sample.
+
+    A word that follows a text without any white space between them gets a space, and a begin token in front is left
+    out; not so what was `sampled`, which is read as it stands. ended: False for what was cut off, which has no EOS.
+    """
+    before = prompt_text(tokenizer, prompt)
+    apart = is_chat(prompt) or before[-1:].isspace() or response[:1].isspace()
+    if before and response and not (sampled or apart):
+        response = " " + response
+    ids = continuation(tokenizer, before, response)
+    ids = ids if sampled else without_begin(tokenizer, ids)
+    end = tokenizer.eos_token_id
+    return ids[: ids.index(end) if end in ids else None] + [end] * bool(ended)
+
+
+def continuation(tokenizer: "PreTrainedTokenizerBase", before: str, text: str) -> list[int]:
+    """Token ids of a text that follows another one: what it adds to that one's, where those stay as they were.
+
+    Where the tokenizer would merge across the joint, the text's ids after a mark; alone, some would add a space to it.
+    """
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    for start in (before, ".", "\n"):
+        first, whole = ids_of(start), ids_of(start + text)
+        if whole[: len(first)] == first:
+            return whole[len(first) :]
+    return ids_of(text)
+
+
+def encode_pair(tokenizer: "PreTrainedTokenizerBase", pair: Mapping[str, Any]) -> tuple[list[int], ...]:
+    """Token ids of a pair's prompt, and of its chosen and its rejected response, EOS included."""
+    prompt = pair["prompt"]
+    answers = (encode_response(tokenizer, prompt, pair[side]) for side in PREFERENCE_FIELDS[1:])
+    return encode_prompt(tokenizer, prompt), *answers
+
+
 def encode_preferences(
-    tokenizer: "PreTrainedTokenizerBase", preferences: Sequence[Mapping[str, str]], *, context: float
+    tokenizer: "PreTrainedTokenizerBase", preferences: Sequence[Mapping[str, Any]], *, context: float
 ) -> dict[str, list[list[int]]]:
     """Token ids of each pair's two texts, prompt, response and EOS, under "chosen" and "rejected".
 
@@ -127,42 +260,105 @@ def encode_preferences(
     if not preferences:
         raise ValueError("preferences must hold at least one pair; got none")
     encoded: dict[str, list[list[int]]] = {"chosen": [], "rejected": []}
-    for number, pair in enumerate(preferences):
-        prompt = encode_prompt(tokenizer, pair["prompt"])
-        for side, texts in encoded.items():
-            texts.append(prompt + encode_response(tokenizer, pair["prompt"], pair[side]))
+    for number, pair in enumerate(preferences, start=1):
+        prompt, *answers = encode_pair(tokenizer, pair)
+        for (side, texts), answer in zip(encoded.items(), answers, strict=True):
+            texts.append(prompt + answer)
             if len(texts[-1]) > context:
                 raise ValueError(
-                    f"{getattr(pair, 'place', f'pair {number + 1}')}: prompt and {side} must fit the model's context "
+                    f"{getattr(pair, 'place', f'pair {number}')}: prompt and {side} must fit the model's context "
                     f"of {context}, EOS included; got {len(texts[-1])} tokens"
                 )
     return encoded
 
 
-def encode_response(tokenizer: "PreTrainedTokenizerBase", prompt: str, response: str) -> list[int]:
-    """Token ids of a response to that prompt, EOS last: just what the policy would have had to sample."""
-    joined = response if not prompt or prompt[-1].isspace() or response[:1].isspace() else " " + response
-    return tokenizer(joined, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+def fitting_pairs(
+    tokenizer: "PreTrainedTokenizerBase", preferences: Sequence[Mapping[str, Any]], *, context: float,
+    long: str = "refuse",
+) -> tuple[list[Mapping[str, Any]], int]:  # fmt: skip
+    """The pairs such that both texts fit the context, EOS included, and how many of those given did not.
+
+    long: what becomes of one that does not. "refuse" raises ValueError, naming its place; "drop" leaves it out; "cut"
+    cuts the beginning off its prompt, and leaves it out where a response alone fills the context. Raises ValueError
+    where none is left, and for another `long`.
+    """
+    if long not in LONG:
+        raise ValueError(f"long must be one of {', '.join(LONG)}; got {long!r}")
+    if long == "refuse":
+        encode_preferences(tokenizer, preferences, context=context)
+        return list(preferences), 0
+    kept, count = [], 0
+    for pair in preferences:
+        prompt, *answers = encode_pair(tokenizer, pair)
+        room = context - max(map(len, answers))  # for the prompt, of which the begin token is never cut
+        if len(prompt) <= room:
+            kept.append(pair)
+            continue
+        count += 1
+        if long == "cut" and room > 1:
+            shorter = prompt[:1] + prompt[len(prompt) - room + 1 :]
+            kept.append(Record({**pair, "prompt": shorter}, getattr(pair, "place", "")))
+    if not kept:
+        raise ValueError(f"preferences must hold a pair that fits the model's context of {context}; got none")
+    return kept, count
+
+
+def without_begin(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]:
+    """The ids without a begin token in front."""
+    return ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
+
+
+def real_ids(tokens: Tensor, mask: Tensor) -> list[list[int]]:
+    """Each row's real tokens. tokens, mask (B, L)."""
+    rows = zip(tokens.tolist(), mask.tolist(), strict=True)
+    return [[token for token, is_real in zip(*row, strict=True) if is_real] for row in rows]
+
+
+def text_of(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+    """The text of these ids, white space and special tokens as they are."""
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def writes_spaces(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether tokens hold the space before a word; else decoding sets one between any two, and none was sampled."""
+    return getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", True) is not None
 
 
 def decode(tokenizer: "PreTrainedTokenizerBase", tokens: Tensor, mask: Tensor) -> list[str]:
     """Each row's real tokens as text, a begin token in front and an EOS at the end left out. tokens, mask (B, L).
 
-    Other special tokens stay visible: a policy that samples them should be scored for it.
+    Other special tokens stay visible: a policy that samples them should be scored for it. So does white space.
+    """
+    rows = [without_begin(tokenizer, ids) for ids in real_ids(tokens, mask)]
+    return [text_of(tokenizer, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids) for ids in rows]
+
+
+def decode_responses(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[list[int]], responses: Sequence[list[int]], ended: Tensor
+) -> list[str]:
+    """Each response's token ids as the text that was sampled after its prompt's: the end token alone is left out.
+
+    ended (B,): where the last token is one that ends a response, whichever that is. Some tokenizers drop a space at the
+    beginning of whatever they decode, so that a response is read off the whole.
     """
     texts = []
-    for row, real in zip(tokens.tolist(), mask.tolist(), strict=True):
-        ids = [token for token, is_real in zip(row, real, strict=True) if is_real]
-        ids = ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
-        ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-        texts.append(tokenizer.decode(ids).strip())
+    for prompt, response, done in zip(prompts, responses, ended.tolist(), strict=True):
+        before, ids = without_begin(tokenizer, prompt), response[:-1] if done else response
+        start = text_of(tokenizer, before) if writes_spaces(tokenizer) else None
+        whole = start and text_of(tokenizer, before + ids)
+        texts.append(whole[len(start) :] if whole and whole.startswith(start) else text_of(tokenizer, ids))
     return texts
 
 
 def pad(sequences: list[list[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:
-    """Rows of one length and their mask: token ids (B, L) long, mask (B, L) bool, padded on the "left" or "right"."""
+    """Rows of one length and their mask: token ids (B, L) long, mask (B, L) bool, padded on the "left" or "right".
+
+    Raises ValueError for no rows.
+    """
     import torch
 
+    if not sequences:
+        raise ValueError("sequences must hold at least one row; got none")
     length = max(len(sequence) for sequence in sequences)
     tokens = torch.full((len(sequences), length), pad_id)
     mask = torch.zeros(len(sequences), length, dtype=torch.bool)
@@ -176,14 +372,17 @@ def pad(sequences: list[list[int]], pad_id: int, *, side: str) -> tuple[Tensor, 
 def train_tokenizer(texts: list[str], *, vocab_size: int) -> "PreTrainedTokenizerFast":
     """A byte-level BPE tokenizer of at most `vocab_size` tokens, learnt from these texts; pads on the left.
 
+    Raises ValueError for no texts.
     Source: Sennrich et al. 2016, "Neural machine translation of rare words with subword units"; Radford et al. 2019.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
+    if not texts:
+        raise ValueError("texts must hold at least one text; got none")
     specials = ["<pad>", "<bos>", "<eos>"]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # ids and text say the same
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_lessons.data import decode, encode_prompts, pad
+from rlhf_lessons.data import decode, decode_responses, encode_prompts, pad, real_ids
 from rlhf_lessons.masking import full_precision
 from rlhf_lessons.models import context_of, position_arguments, takes_ready_masks
 from rlhf_lessons.policy_gradient import action_log_probs
@@ -55,12 +55,17 @@ class Samples:
         return self.tokens[:, self.prompt_length :]
 
     def texts(self, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[str], list[str]]:
-        """Prompts and responses as text: begin token and final EOS stripped, any other token shown."""
+        """Prompts as they were given (as text, where they were not) and responses as they were sampled, as text.
+
+        A prompt's begin token and the token that ended a response are left out, any other is shown.
+        """
         split = self.prompt_length
-        return (
-            decode(tokenizer, self.tokens[:, :split], self.attention_mask[:, :split]),
-            decode(tokenizer, self.responses, self.response_mask),
-        )
+        parts = [slice(0, split), slice(split, None)]
+        prompts, responses = (real_ids(self.tokens[:, part], self.attention_mask[:, part]) for part in parts)
+        read = decode(tokenizer, self.tokens[:, :split], self.attention_mask[:, :split])
+        given = [record.get("prompt") for record in self.records]
+        shown = [prompt if isinstance(prompt, str) else text for prompt, text in zip(given, read, strict=True)]
+        return shown, decode_responses(tokenizer, prompts, responses, self.ended)
 
     def minibatches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Self]:
         """The rows in a fresh random order (or as they stand, without a generator), `size` at a time."""
@@ -245,5 +250,6 @@ def respond(
             lm, input_ids.to(lm.device), mask.to(lm.device), max_new_tokens=max_new_tokens,
             eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, temperature=temperature, generator=generator,
         )  # fmt: skip
-        texts += decode(tokenizer, responses.tokens, responses.mask)
+        sampled = real_ids(responses.tokens, responses.mask)
+        texts += decode_responses(tokenizer, encoded[start : start + batch_size], sampled, responses.ended)
     return texts

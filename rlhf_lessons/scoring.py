@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lessons.data import encode_prompt, encode_response, pad
+from rlhf_lessons.data import Prompt, encode_prompt, encode_response, pad
 from rlhf_lessons.generation import Samples
 from rlhf_lessons.models import context_of
 
@@ -42,17 +42,23 @@ class ModelScorer(Scorer):
 class TextScorer(Scorer):
     """A function (prompts, responses) -> one number each, of two lists of texts, EOS stripped.
 
-    Where the prompts came with columns of their own, it gets those that its arguments name, as lists.
+    Where the prompts came with columns of their own, it gets those that its arguments name (all, if it takes any), as
+    lists; an argument `ended` gets whether each response ended, where no column is called so.
     """
 
     def __init__(self, function: Callable[..., Any], tokenizer: "PreTrainedTokenizerBase") -> None:
         self.function, self.tokenizer = function, tokenizer
-        self.columns = list(inspect.signature(function).parameters)[2:]
+        parameters = inspect.signature(function).parameters
+        self.texts, self.columns = list(parameters)[:2], list(parameters)[2:]
+        self.takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
     def __call__(self, samples: Samples) -> Tensor:
         """The function's scores (B,). Raises ValueError for what is no finite number per response."""
-        known = {name for record in samples.records for name in record}
-        columns = {name: [r.get(name) for r in samples.records] for name in self.columns if name in known}
+        known = {name for record in samples.records for name in record}.difference(self.texts)
+        asked = known if self.takes_all else known.intersection(self.columns)
+        columns = {name: [record.get(name) for record in samples.records] for name in asked}
+        if "ended" in self.columns:
+            columns.setdefault("ended", samples.ended.tolist())
         scores = self.function(*samples.texts(self.tokenizer), **columns)
         return as_scores(scores, len(samples), samples.tokens.device)
 
@@ -99,17 +105,22 @@ def missing_eos_scores(scores: Tensor, ended: Tensor, *, penalty: float, mode: s
 
 @torch.no_grad()
 def score_texts(
-    reward_model: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], responses: Sequence[str], *,
-    batch_size: int = 256,
+    reward_model: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], responses: Sequence[str],
+    *, ended: Sequence[bool] | None = None, sampled: bool = False, batch_size: int = 256,
 ) -> Tensor:  # fmt: skip
-    """A reward model's scores (N,) of texts, on the CPU. Every response is read with an EOS at its end.
+    """A reward model's scores (N,) of texts, on the CPU.
 
-    Raises ValueError for a text longer than the model's context.
+    ended: which responses are read with an EOS at their end; all, where it is not given. sampled: whether they are read
+    just as they stand after their prompts (see `encode_response`). Raises ValueError for a text longer than the model's
+    context, and for none.
     """
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt; got none")
     device = next(reward_model.parameters()).device
+    ends = [True] * len(prompts) if ended is None else ended
     rows = [
-        encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
-        for prompt, response in zip(prompts, responses, strict=True)
+        encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response, ended=end, sampled=sampled)
+        for prompt, response, end in zip(prompts, responses, ends, strict=True)
     ]
     longest, context = max(map(len, rows)), context_of(reward_model)
     if longest > context:

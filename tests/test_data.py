@@ -155,10 +155,11 @@ def test_response_ends_in_one_eos_and_has_no_begin_token(tokenizer):
 def test_prompt_and_response_join_as_one_text_of_whole_words(prompt, response):
     """A response that the tokenizer had seen after its prompt: a word keeps the space that stands before it."""
     tokenizer = train_tokenizer(["the film was good and long .", "the plot was bad ."] * 5, vocab_size=400)
-    ids = encode_prompt(tokenizer, prompt.strip()) + encode_response(tokenizer, prompt, response)
-    assert tokenizer.decode(ids, skip_special_tokens=True).split() == (prompt + " " + response).split()
-    together = tokenizer(" ".join((prompt + " " + response).split())).input_ids + [tokenizer.eos_token_id]
-    assert ids == together
+    ids = encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
+    between = "" if not prompt or prompt.endswith(" ") or response.startswith(" ") else " "
+    assert tokenizer.decode(ids, skip_special_tokens=True).removeprefix(" ") == (prompt + between + response).lstrip()
+    if not prompt.endswith(" "):  # else the tokenizer would have set that space before the word
+        assert ids == tokenizer(prompt + between + response).input_ids + [tokenizer.eos_token_id]
 
 
 @pytest.mark.detail(3)

@@ -320,7 +320,10 @@ def test_tokens_after_eos_cannot_change_the_score(kind, make_trainer, make_rewar
 
 @pytest.mark.detail(8)
 def test_a_score_function_reads_the_text_up_to_eos(make_trainer):
-    """Prompts and responses as words, one for each row and in order, EOS and padding stripped."""
+    """Prompts and responses as words, one for each row and in order, EOS and padding stripped.
+
+    A begin token that the policy wrote itself is part of its response.
+    """
     seen = []
 
     def score(prompts, responses):
@@ -332,7 +335,7 @@ def test_a_score_function_reads_the_text_up_to_eos(make_trainer):
     names = ["<pad>", "<bos>", "<eos>", "<unk>", "good", "bad", "film", "."]
     for (prompt, response), (prompt_ids, response_ids) in zip(seen, unpadded(batch), strict=True):
         assert prompt.split() == [names[token] for token in prompt_ids[1:]]
-        assert response.split() == [names[token] for token in response_ids[response_ids[0] == BOS :] if token != EOS]
+        assert response.split() == [names[token] for token in response_ids if token != EOS]
         assert response == response.strip()
     assert trainer.texts(batch) == ([prompt for prompt, _ in seen], [response for _, response in seen])
 

@@ -70,6 +70,7 @@ class Inputs:
     policy: Model | None  # to compare with it
     reward_model: Model | None
     score: Callable[..., Any] | None
+    long_pairs: str  # what becomes of a pair longer than the context; see `data.fitting_pairs`
 
     @property
     def tiny_world(self) -> bool:
@@ -103,7 +104,8 @@ def resolve(arguments: argparse.Namespace) -> Inputs:
     for name, load in loaders.items():
         path = given[name] or (lent[name] and ASSETS / lent[name])
         models[name] = load_model(load, path) if path else None
-    return Inputs(given={k: v and str(v) for k, v in given.items()}, score=score, **found, **models)
+    named, long_pairs = {k: v and str(v) for k, v in given.items()}, getattr(arguments, "long_pairs", data.LONG[0])
+    return Inputs(given=named, score=score, long_pairs=long_pairs, **found, **models)
 
 
 def load_model(load: Callable[[str | Path], nn.Module], path: str | Path) -> Model:
@@ -174,14 +176,29 @@ def check_lengths(
         data.encode_prompts(tokenizer, prompts, max_new_tokens=max_new_tokens, context=context)
     for pairs in (inputs.preferences, inputs.eval_preferences):
         if pairs is not None:
-            data.encode_preferences(tokenizer, pairs, context=context)
+            data.fitting_pairs(tokenizer, pairs, context=context, long=inputs.long_pairs)
 
 
-def warn_of_unknown(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
-    """Tell the user when a tokenizer does not know much of what a file holds."""
-    if tokenizer.unk_token_id is None:
+def choose_pairs(
+    inputs: Inputs, name: str, tokenizer: "PreTrainedTokenizerBase", model: nn.Module
+) -> Sequence[Mapping[str, Any]]:
+    """The pairs of one of the files, none without it, and a word to the user on those longer than the context."""
+    pairs, context = getattr(inputs, name) or [], context_of(model)
+    kept, count = data.fitting_pairs(tokenizer, pairs, context=context, long=inputs.long_pairs) if pairs else ([], 0)
+    if count:
+        say(
+            f"{count} of the {len(pairs)} pairs in {inputs.given[name]} are longer than the context of {context} "
+            f"tokens: {len(pairs) - len(kept)} are left out, the prompts of {count + len(kept) - len(pairs)} are cut"
+        )
+    return kept
+
+
+def warn_of_unknown(texts: Records, tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
+    """Tell the user when a tokenizer does not know much of what a file holds; chats are not looked at."""
+    texts = [text for text in texts if isinstance(text, str)]
+    if tokenizer.unk_token_id is None or not texts:
         return
-    tokens = [token for ids in tokenizer(list(texts), add_special_tokens=False).input_ids for token in ids]
+    tokens = [token for ids in tokenizer(texts, add_special_tokens=False).input_ids for token in ids]
     unknown = sum(token == tokenizer.unk_token_id for token in tokens)
     if unknown > MANY_UNKNOWN * len(tokens):
         say(
@@ -196,18 +213,39 @@ def warn_of_unknown(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", 
 def choose_score(
     inputs: Inputs, reward_model: Model | None, tokenizer: "PreTrainedTokenizerBase", *, device: str
 ) -> nn.Module | Callable[..., Any]:
-    """What PPO maximises: one's own function, or a reward model (on the tokens if it shares the tokenizer).
+    """What PPO maximises: one's own function, or a reward model (on the tokens if its tokenizer reads them alike).
 
     One that reads texts goes to the device when it is first asked, when a trainer has long settled which that is.
     """
     if inputs.score is not None:
         return inputs.score
-    if reward_model.tokenizer.get_vocab() == tokenizer.get_vocab():
+    own = reward_model.tokenizer
+    if read_alike(own, tokenizer):
         return reward_model.network
     if Path(reward_model.name) == ASSETS / "reward_model":
         raise ValueError("give --reward-model or --score: the shipped reward model knows the tiny world's words only")
-    network, place = reward_model.network, check_device(device)
-    return lambda prompts, responses: score_texts(network.to(place), reward_model.tokenizer, prompts, responses)
+    network, place, sampled = reward_model.network, check_device(device), data.writes_spaces(tokenizer)
+
+    def score(
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        prompt: Sequence[Any] = (),
+        ended: Sequence[bool] | None = None,
+    ) -> torch.Tensor:
+        """The scores of texts, each read as the reward model's own tokenizer would write it, chats by its template."""
+        chats = [own.chat_template and data.is_chat(given) and given for given in prompt or prompts]
+        asked = [chat or text for chat, text in zip(chats, prompts, strict=True)]
+        return score_texts(network.to(place), own, asked, responses, ended=ended, sampled=sampled)
+
+    return score
+
+
+def read_alike(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> bool:
+    """Whether two tokenizers have the same words, begin token and EOS, so that one's ids are the other's."""
+    written = [
+        (t.get_vocab(), t.eos_token_id, [data.encode_prompt(t, text) for text in ("", "a")]) for t in (one, other)
+    ]
+    return written[0] == written[1]
 
 
 def import_score(name: str) -> Callable[..., Any]:

@@ -19,8 +19,10 @@ from rlhf_lessons.app.inputs import (
     Model,
     Records,
     check_lengths,
+    choose_pairs,
     choose_prompts,
     choose_score,
+    read_alike,
     warn_of_unknown,
 )
 from rlhf_lessons.app.options import USES, check_given
@@ -124,7 +126,8 @@ def fit_reward(inputs: Inputs, base: Model, settings: Settings, folder: RunFolde
         pairs = annotated_preferences(lm, tokenizer, config.num_preferences + NUM_HELD_OUT, seed=ppo.seed)
         preferences, held_out = pairs[:-NUM_HELD_OUT], pairs[-NUM_HELD_OUT:]
     else:
-        preferences, held_out = inputs.preferences, inputs.eval_preferences or []
+        files = ("preferences", "eval_preferences")
+        preferences, held_out = (choose_pairs(inputs, name, tokenizer, lm) for name in files)
         warn_of_unknown([pair["chosen"] for pair in preferences], tokenizer, inputs.given["preferences"])
         equal = sum(pair["chosen"] == pair["rejected"] for pair in preferences)
         if equal:
@@ -148,7 +151,7 @@ def fit_reward(inputs: Inputs, base: Model, settings: Settings, folder: RunFolde
 
 def of_tiny_world(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether a tokenizer's words are the tiny world's, which its annotators and its gold reward read."""
-    return tokenizer.get_vocab() == tiny_reviews.build_tokenizer().get_vocab()
+    return read_alike(tokenizer, tiny_reviews.build_tokenizer())
 
 
 def optimise(trainer: PPOTrainer, folder: RunFolder, *, gold: bool) -> dict[str, Any]:
@@ -210,11 +213,15 @@ def compare(
     models: dict[str, nn.Module], tokenizer: "PreTrainedTokenizerBase", prompts: Records, scorer: Scorer,
     config: PPOConfig, *, gold: bool, count: int = NUM_SHOWN,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Responses of two models to the same prompts, each with its score, and its gold reward in the tiny world."""
+    """Responses of two models to the same prompts, each with its score, and its gold reward in the tiny world.
+
+    Raises ValueError for no prompts.
+    """
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt; got none")
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
     chosen = [prompts[order[i % len(order)]] for i in range(count)]
-    records = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in chosen]
-    shown = [{"prompt": record["prompt"]} for record in records]
+    records, shown = [data.as_record(prompt) for prompt in chosen], [{} for _ in chosen]
     for side, lm in models.items():
         ids = data.encode_prompts(tokenizer, chosen, max_new_tokens=config.max_new_tokens, context=context_of(lm))
         input_ids, mask = data.pad(ids, tokenizer.pad_token_id, side="left")
@@ -223,12 +230,13 @@ def compare(
             temperature=config.temperature, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
             generator=torch.Generator().manual_seed(config.seed),
         )  # fmt: skip
-        texts = samples.texts(tokenizer)[1]
+        asked, texts = samples.texts(tokenizer)
         with torch.no_grad():
             numbers = {"score": scorer(samples).tolist()}
         if gold:
-            numbers["gold"] = tiny_reviews.gold_reward([record["prompt"] for record in records], texts).tolist()
+            numbers["gold"] = tiny_reviews.gold_reward(asked, texts).tolist()
         for i, sample in enumerate(shown):
+            sample["prompt"] = asked[i]
             sample[side] = {"text": texts[i]} | {name: values[i] for name, values in numbers.items()}
     return shown
 
@@ -238,8 +246,10 @@ def side_by_side(inputs: Inputs, arguments: argparse.Namespace) -> list[dict[str
     require("count", arguments.count, arguments.count >= 1, "a whole number >= 1")
     check_given(arguments)
     config = PPOConfig(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
+    for prompt in arguments.prompt or ():
+        data.check_texts(prompt, "prompt", "--prompt")
     before, after = inputs.model, inputs.policy
-    if before.tokenizer.get_vocab() != after.tokenizer.get_vocab():
+    if not read_alike(before.tokenizer, after.tokenizer):
         raise ValueError("--model (before) and --policy (after) must share a tokenizer; give both, from one run")
     scorer = as_scorer(choose_score(inputs, inputs.reward_model, before.tokenizer, device="cpu"), before.tokenizer)
     prompts = arguments.prompt or choose_prompts(inputs, opening_words=0, seed=config.seed)

@@ -12,6 +12,7 @@ Whole files are written beside their place and then moved there, so that a run t
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -70,11 +71,11 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, whole or not at all."""
         with self.whole(name) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # what a shell passed on as no text
 
     def write_json(self, name: str, content: dict) -> None:
         """Write a JSON file, whole or not at all."""
-        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        self.write_text(name, strict_json(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_config(self, settings: dict) -> None:
         """config.json: the settings, the command line, the versions and the GPU, if any, that made the run."""
@@ -87,7 +88,7 @@ class RunFolder:
 
     def append_metrics(self, iteration: int, metrics: dict[str, float]) -> None:
         """Add one line to metrics.jsonl, whole or not at all."""
-        line = json.dumps({"iteration": iteration} | {name: round(value, 6) for name, value in metrics.items()})
+        line = strict_json({"iteration": iteration} | {name: round(value, 6) for name, value in metrics.items()})
         path = self.path / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
         try:
@@ -113,21 +114,44 @@ class RunFolder:
         return self.path / name
 
 
+def strict_json(content: Any, **options: Any) -> str:
+    """The content as JSON that any program reads: null in the place of a number that is not finite."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), allow_nan=False, **options)
+
+
+def with_nan(numbers: dict[str, float | None]) -> dict[str, float]:
+    """Numbers as `strict_json` wrote them, NaN in the place of null."""
+    return {name: math.nan if value is None else value for name, value in numbers.items()}
+
+
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl file, or of the one in a run's folder; a last line cut short is left out."""
+    """The rows of a metrics.jsonl file, or of the one in a run's folder; a last line cut short is left out.
+
+    What was no finite number when it was written is NaN.
+    """
     path = Path(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            rows.append(with_nan(json.loads(line)))
         except json.JSONDecodeError:
             break
     return rows
 
 
 def mean_of_last(rows: list[dict], name: str, last: int = LAST) -> float:
-    """Mean of one metric over the last iterations."""
+    """Mean of one metric over the last iterations. Raises ValueError for no rows."""
+    if not rows:
+        raise ValueError("rows must hold at least one iteration; got none")
     values = [row[name] for row in rows[-last:]]
     return sum(values) / len(values)
 
@@ -138,7 +162,7 @@ def samples_table(samples: list[dict]) -> str:
     numbers = ["score"] + (["gold"] if samples and "gold" in samples[0]["before"] else [])
     lines = ["# Before and after", ""]
     for sample in samples:
-        lines.append(f"**{sample['prompt'] or '(begin token alone)'}** …\n")
+        lines.append(f"**{' '.join(sample['prompt'].split()) or '(begin token alone)'}** …\n")
         lines.append("| | " + " | ".join(numbers) + " | response |")
         lines.append("| --- |" + " ---: |" * len(numbers) + " --- |")
         for side in ("before", "after"):
@@ -172,7 +196,9 @@ def summary_table(folders: list[Path]) -> str:
                 lines.append(start + f"| stopped after {done} of {settings['num_iterations']} iterations | – | – |")
                 continue
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-            before, after = summary["before"], summary["after"]
+            before, after = (
+                {k: math.nan if v is None else v for k, v in summary[side].items()} for side in ("before", "after")
+            )
             gold = f"{before['gold']:.2f} → {after['gold']:.2f}" if "gold" in after else "–"
             lines.append(start + f"| {before['score']:.2f} → {after['score']:.2f} | {gold} | {after['kl']:.1f} |")
         except (OSError, ValueError, KeyError, TypeError) as error:
