@@ -35,6 +35,7 @@ HEADINGS = (
     *("Question", "Derivation", "Your turn", "In code", "Experiment"),
     *("Exact check", "Bug hunt", "Recap", "Next"),
 )
+VERSION = [4, 5]  # of the format, as `execute` writes it
 TIMEOUT = 180  # seconds a cell may take
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -73,7 +74,7 @@ def normalise(notebook) -> None:
     for index, cell in enumerate(notebook.cells):
         tags = cell.metadata.get("tags")
         cell.id, cell.metadata = cell_id(index), nbformat.from_dict({"tags": tags} if tags else {})
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    notebook.nbformat, notebook.nbformat_minor = VERSION
     notebook.metadata = nbformat.from_dict(metadata(notebook))
 
 
@@ -210,13 +211,17 @@ def _prose(notebook: Notebook) -> str:
 
 
 def read(path: Path) -> Notebook:
-    """Open a notebook; raises ValueError where the file is none."""
+    """Open a notebook; raises ValueError, in one line, where the file is none, or none of the version that is saved."""
     try:
-        node = nbformat.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        nbformat.validate(node)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = [content[key] for key in ("nbformat", "nbformat_minor")]
+        if version != VERSION:
+            raise ValueError(f"nbformat and nbformat_minor must be {VERSION}; got {version}")
+        nbformat.validate(nbformat.from_dict(content))
         node = nbformat.read(path, as_version=4)
-    except (ValueError, AttributeError, nbformat.ValidationError) as error:
-        raise ValueError(f"not a notebook: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever json and nbformat make of a file that is anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"not a notebook: {reason[:200]}") from None
     is_code = [cell.cell_type == "code" for cell in node.cells]
     counts = accumulate(is_code)  # accumulated, True counts 1
     numbers = [n if code else None for n, code in zip(counts, is_code, strict=True)]
@@ -237,7 +242,7 @@ def _tree(source: str) -> ast.Module | None:
     """The parsed code; None where it is not plain Python: magic (%), shell escape (!), help (?)."""
     try:
         return ast.parse(source)
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # no text, or absurd nesting
         return None
 
 
@@ -261,8 +266,8 @@ def _words(markdown: str) -> int:
 
 
 def _edited(notebook: Notebook, part: str) -> bool:
-    stored = notebook.node.metadata.get("executed", {}).get(part)
-    return stored != metadata(notebook.node)["executed"][part]
+    stored = notebook.node.metadata.get("executed")
+    return not isinstance(stored, dict) or stored.get(part) != metadata(notebook.node)["executed"][part]
 
 
 def _foreign_metadata(notebook: Notebook) -> bool:

@@ -1,5 +1,6 @@
 """The guard over committed notebooks complains about each defect, and about that one alone."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -324,12 +325,63 @@ def test_a_complaint_names_file_cell_and_rule(tmp_path, capsys):
     ]
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"cells": [', '{"cells": 1, "nbformat": 4}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[1]", "null", "3", '{"cells": [', '{"cells": 1, "nbformat": 4}', '{"nbformat": 4, "nbformat_minor": 5}',
+     "[" * 100_000, "\0", '{"nbformat": 3, "nbformat_minor": 0, "metadata": {}, "worksheets": [{"cells": []}]}'],
+)  # fmt: skip
 def test_what_is_no_notebook_is_named(text, tmp_path):
     path = tmp_path / "05_gae.ipynb"
     path.write_text(text)
     (complaint,) = notebooks.check(path)
-    assert str(complaint).startswith("05_gae.ipynb: notebook: not a notebook")
+    assert str(complaint).startswith("05_gae.ipynb: notebook: not a notebook: ") and len(str(complaint)) < 250
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "latin.ipynb").write_bytes("{é".encode("latin-1"))
+    for path in (tmp_path / "none.ipynb", tmp_path, tmp_path / "latin.ipynb"):
+        (complaint,) = notebooks.check(path)
+        assert "notebook: not a notebook: " in str(complaint)
+
+
+ANYTHING = [None, [], {}, 3, "x", "4"]
+
+
+@pytest.mark.filterwarnings("ignore:Cell is missing an id field")
+@pytest.mark.parametrize("value", ANYTHING)
+def test_whatever_stands_in_a_notebook_is_answered_in_a_line(value, tmp_path):
+    """Each value in the place of each part: the notebook's, its metadata's, a cell's, an output's; and without it."""
+    saved = lesson()
+    notebooks.normalise(saved)
+    places: list[tuple] = [("cells", 0)]
+    for parent in ((), ("metadata",), ("cells", CHECKED), ("cells", CHECKED, "outputs", 0)):
+        node = saved
+        for step in parent:
+            node = node[step]
+        places += [(*parent, key) for key in node]
+    for *parent, key in places:
+        for absent in (False, True):
+            nb = json.loads(nbformat.writes(saved))
+            node = nb
+            for step in parent:
+                node = node[step]
+            node[key] = value
+            if absent:
+                del node[key]
+            path = tmp_path / "05_gae.ipynb"
+            path.write_text(json.dumps(nb))
+            lines = [str(complaint) for complaint in notebooks.check(path)]
+            assert all("\n" not in line and len(line) < 250 for line in lines), (parent, key)
+
+
+@pytest.mark.parametrize("source", ["x = '\0'", "(" * 5000 + ")" * 5000, "x = '\ud800'"])
+def test_code_that_python_cannot_read_is_named(source, tmp_path):
+    nb = lesson()
+    notebooks.normalise(nb)
+    nb = json.loads(nbformat.writes(nb))
+    nb["cells"][CHECKED]["source"] = source
+    (tmp_path / "05_gae.ipynb").write_text(json.dumps(nb))
+    assert "magic or shell escape" in {complaint.rule for complaint in notebooks.check(tmp_path / "05_gae.ipynb")}
 
 
 def test_an_unknown_name_is_an_error(capsys):
