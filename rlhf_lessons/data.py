@@ -91,13 +91,14 @@ def json_record(path: str | Path, number: int, line: str, fields: tuple[str, ...
 
 def check_texts(value: Any, field: str, place: str) -> None:
     """Raise ValueError, naming the place, unless a field is a text, or a list of messages with texts."""
-    if not isinstance(value, (str, list)):
-        raise ValueError(f'{place}: the field "{field}" must be a string; got {type(value).__name__}')
-    if isinstance(value, list) and not is_chat(value):
-        raise ValueError(f'{place}: the field "{field}" must be a string, or messages with role and content')
-    for text in [value] if isinstance(value, str) else [message["content"] for message in value]:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f'{place}: the field "{field}" holds half of a surrogate pair, no character')
+    texts = [message["content"] for message in value] if is_chat(value) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        kind = type(value).__name__
+        raise ValueError(
+            f'{place}: the field "{field}" must be a string; got {kind}, which is no list of messages either'
+        )
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        raise ValueError(f'{place}: the field "{field}" holds half of a surrogate pair, no character')
 
 
 def preference(record: Record) -> Record:
@@ -105,25 +106,21 @@ def preference(record: Record) -> Record:
 
     Raises ValueError, naming the place, where the two share no prompt, or an answer is empty.
     """
-    place, prompt, answers = record.place, record.get("prompt"), [record["chosen"], record["rejected"]]
-    if all(isinstance(answer, list) for answer in answers):
-        (*prompt_of_chosen, chosen), (*prompt_of_rejected, rejected) = answers
-        if prompt_of_chosen != prompt_of_rejected:
-            raise ValueError(f"{place}: chosen and rejected must be the same conversation up to their last turns")
-        answers, prompt = [chosen["content"], rejected["content"]], prompt_of_chosen or prompt
-    elif prompt is None and all(isinstance(answer, str) for answer in answers):
-        shared = os.path.commonprefix(answers)
+    sides, place, prompt = PREFERENCE_FIELDS[1:], record.place, record.get("prompt")
+    turns = [(text[:-1], text[-1]["content"]) if is_chat(text) else ([], text) for text in map(record.get, sides)]
+    (before, chosen), (before_rejected, rejected) = turns
+    if before != before_rejected:
+        raise ValueError(f"{place}: chosen and rejected must be one conversation up to their last turns")
+    if prompt is None and not before:
+        shared = os.path.commonprefix([chosen, rejected])
         length = max((shared.rfind(opening) + len(opening) for opening in ANSWERS if opening in shared), default=0)
-        answers, prompt = [answer[length:] for answer in answers], shared[:length] or None
-    elif not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"{place}: chosen and rejected must both be texts or both be messages")
-    if prompt is None:
-        raise ValueError(f'{place}: the field "prompt" is missing; found {sorted(record)}')
-    fields = dict(zip(PREFERENCE_FIELDS, [prompt, *answers], strict=True))
-    for field, text in list(fields.items())[1:]:
+        if not length:
+            raise ValueError(f'{place}: the field "prompt" is missing; found {sorted(record)}')
+        prompt, chosen, rejected = shared[:length], chosen[length:], rejected[length:]
+    for field, text in zip(sides, (chosen, rejected), strict=True):
         if not text.strip():
             raise ValueError(f'{place}: the field "{field}" must not be empty')
-    return Record(fields, place)
+    return Record({"prompt": before or prompt, "chosen": chosen, "rejected": rejected}, place)
 
 
 def sentence_openings(texts: list[str], *, words: int) -> list[str]:
@@ -136,10 +133,11 @@ def sentence_openings(texts: list[str], *, words: int) -> list[str]:
 
 def is_chat(prompt: Any) -> bool:
     """Whether a prompt is a list of messages, each with a `role` and a `content` in text."""
-    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(
-        isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        for message in prompt
-    )  # fmt: skip
+
+    def is_message(item: Any) -> bool:
+        return isinstance(item, Mapping) and all(isinstance(item.get(key), str) for key in ("role", "content"))
+
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(map(is_message, prompt))
 
 
 def as_record(prompt: Prompt | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -155,13 +153,11 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     if is_chat(prompt):
-        if not tokenizer.chat_template:
-            raise ValueError("tokenizer must have a chat template where a prompt is a list of messages; got none")
         try:
             return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # of Jinja, in which a template says what it does not take
+        except Exception as error:  # of Jinja, in which a template says what it does not take, or of having none
             raise ValueError(f"messages must suit the tokenizer's chat template; got: {error}") from error
-    if not isinstance(prompt, Sequence) or not all(type(i) is int and 0 <= i for i in prompt):
+    if not isinstance(prompt, Sequence) or not all(type(i) is int and i >= 0 for i in prompt):
         raise ValueError(f"prompt must be a text, a list of token ids or a list of messages; got {prompt!r:.80}")
     return text_of(tokenizer, without_begin(tokenizer, list(prompt)))
 
@@ -172,14 +168,14 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[
     A text has one begin token at most and no EOS at its end, whatever it or the tokenizer brings: it will be continued.
     """
     text, begin, end = prompt_text(tokenizer, prompt), tokenizer.bos_token_id, tokenizer.eos_token_id
-    if not isinstance(prompt, str) and not is_chat(prompt):
-        ids = list(prompt)
-    else:
+    if isinstance(prompt, str) or is_chat(prompt):
         ids = tokenizer(text, add_special_tokens=isinstance(prompt, str)).input_ids if text else []
-        while ids and ids[-1] == end:
+        while ids[-1:] == [end]:
             ids = ids[:-1]
         while ids[:2] == [begin, begin]:
             ids = ids[1:]
+    else:
+        ids = list(prompt)
     return ids or [end if begin is None else begin]
 
 
@@ -275,8 +271,8 @@ def encode_preferences(
 def fitting_pairs(
     tokenizer: "PreTrainedTokenizerBase", preferences: Sequence[Mapping[str, Any]], *, context: float,
     long: str = "refuse",
-) -> tuple[list[Mapping[str, Any]], int]:  # fmt: skip
-    """The pairs such that both texts fit the context, EOS included, and how many of those given did not.
+) -> list[Mapping[str, Any]]:  # fmt: skip
+    """The pairs, those whose two texts fit the context, EOS included, as they are.
 
     long: what becomes of one that does not. "refuse" raises ValueError, naming its place; "drop" leaves it out; "cut"
     cuts the beginning off its prompt, and leaves it out where a response alone fills the context. Raises ValueError
@@ -286,21 +282,18 @@ def fitting_pairs(
         raise ValueError(f"long must be one of {', '.join(LONG)}; got {long!r}")
     if long == "refuse":
         encode_preferences(tokenizer, preferences, context=context)
-        return list(preferences), 0
-    kept, count = [], 0
+        return list(preferences)
+    kept = []
     for pair in preferences:
         prompt, *answers = encode_pair(tokenizer, pair)
-        room = context - max(map(len, answers))  # for the prompt, of which the begin token is never cut
+        room = context - max(map(len, answers))  # for the prompt, whose begin token is never cut
         if len(prompt) <= room:
             kept.append(pair)
-            continue
-        count += 1
-        if long == "cut" and room > 1:
-            shorter = prompt[:1] + prompt[len(prompt) - room + 1 :]
-            kept.append(Record({**pair, "prompt": shorter}, getattr(pair, "place", "")))
+        elif long == "cut" and room > 1:
+            kept.append(Record({**pair, "prompt": prompt[:1] + prompt[1 - room :]}, getattr(pair, "place", "")))
     if not kept:
         raise ValueError(f"preferences must hold a pair that fits the model's context of {context}; got none")
-    return kept, count
+    return kept
 
 
 def without_begin(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]:
@@ -384,21 +377,15 @@ def train_tokenizer(texts: list[str], *, vocab_size: int) -> "PreTrainedTokenize
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # ids and text say the same
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=specials,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab_size, special_tokens=specials, show_progress=False, initial_alphabet=alphabet
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        padding_side="left",
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left",
         clean_up_tokenization_spaces=False,
-    )
+    )  # fmt: skip

@@ -134,8 +134,11 @@ def load_model(load: Callable[[str | Path], nn.Module], path: str | Path) -> Mod
 # --- Prompts and preferences ------------------------------------------------------------------------------------------
 
 
-def choose_prompts(inputs: Inputs, *, opening_words: int, seed: int) -> Records:
-    """The prompts of PPO, and a word to the user on which they are."""
+def choose_prompts(inputs: Inputs, *, opening_words: int, seed: int, max_new_tokens: int = 0) -> Records:
+    """The prompts of PPO, and a word to the user on which they are.
+
+    Of those that come from preferences, where long pairs are not refused, the ones that leave max_new_tokens room.
+    """
     given = inputs.given
     if opening_words < 0:
         raise ValueError(f"opening_words must be a whole number >= 0; got {opening_words}")
@@ -154,6 +157,11 @@ def choose_prompts(inputs: Inputs, *, opening_words: int, seed: int) -> Records:
         kind = "openings of tiny reviews"
     elif inputs.corpus is None:
         prompts = [data.Record({"prompt": pair["prompt"]}, pair.place) for pair in inputs.preferences]
+        if inputs.long_pairs != "refuse":
+            encode, room = data.encode_prompt, context_of(inputs.model.network) - max_new_tokens
+            prompts = [record for record in prompts if len(encode(inputs.model.tokenizer, record["prompt"])) <= room]
+            if not prompts:
+                raise ValueError(f"{given['preferences']}: none of its prompts leaves room for a response")
         kind = f"those in {given['preferences']}"
     else:
         prompts, kind = [""], "the begin token alone"
@@ -163,13 +171,9 @@ def choose_prompts(inputs: Inputs, *, opening_words: int, seed: int) -> Records:
 
 
 def check_lengths(
-    inputs: Inputs,
-    tokenizer: "PreTrainedTokenizerBase",
-    model: nn.Module,
-    *,
-    prompts: Records = (),
-    max_new_tokens: int = 0,
-) -> None:
+    inputs: Inputs, tokenizer: "PreTrainedTokenizerBase", model: nn.Module, *,
+    prompts: Records = (), max_new_tokens: int = 0,
+) -> None:  # fmt: skip
     """Raise ValueError, naming the file's line, for a prompt or a pair that the model's context has no room for."""
     context = context_of(model)
     if prompts:
@@ -184,12 +188,11 @@ def choose_pairs(
 ) -> Sequence[Mapping[str, Any]]:
     """The pairs of one of the files, none without it, and a word to the user on those longer than the context."""
     pairs, context = getattr(inputs, name) or [], context_of(model)
-    kept, count = data.fitting_pairs(tokenizer, pairs, context=context, long=inputs.long_pairs) if pairs else ([], 0)
-    if count:
-        say(
-            f"{count} of the {len(pairs)} pairs in {inputs.given[name]} are longer than the context of {context} "
-            f"tokens: {len(pairs) - len(kept)} are left out, the prompts of {count + len(kept) - len(pairs)} are cut"
-        )
+    kept = data.fitting_pairs(tokenizer, pairs, context=context, long=inputs.long_pairs) if pairs else []
+    cut = len({id(pair) for pair in kept} - {id(pair) for pair in pairs})
+    for count, what in ((len(pairs) - len(kept), "left out"), (cut, "cut at the beginning of their prompts")):
+        if count:
+            say(f"{count} of the {len(pairs)} pairs in {inputs.given[name]}, longer than {context} tokens, are {what}")
     return kept
 
 

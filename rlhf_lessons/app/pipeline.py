@@ -57,7 +57,8 @@ def write_config(folder: RunFolder, inputs: Inputs, settings: Settings, argument
 def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argparse.Namespace) -> dict[str, Any]:
     """`run` and `ppo`: the whole pipeline; a stage whose result is given is left out. Returns `optimise`'s summary."""
     ppo = settings.ppo
-    prompts = choose_prompts(inputs, opening_words=getattr(arguments, "opening_words", 0), seed=ppo.seed)
+    words = getattr(arguments, "opening_words", 0)
+    prompts = choose_prompts(inputs, opening_words=words, seed=ppo.seed, max_new_tokens=ppo.max_new_tokens)
     base = inputs.model
     if base is None:
         require("context", settings.pretrain.context, settings.pretrain.context > ppo.max_new_tokens,

@@ -116,15 +116,8 @@ class RunFolder:
 
 def strict_json(content: Any, **options: Any) -> str:
     """The content as JSON that any program reads: null in the place of a number that is not finite."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: finite(item) for name, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(content), allow_nan=False, **options)
+    finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    return json.dumps(finite, allow_nan=False, **options)
 
 
 def with_nan(numbers: dict[str, float | None]) -> dict[str, float]:
