@@ -213,6 +213,7 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
         # samples
         ("sample --prompts prompts.txt --prompt film", "give --prompts or --prompt, not both: both say what is contin"),
         ("sample --model lm --policy longer --score own_scores:good", "longer: its tokenizer has 10"),
+        ("sample --model lm --policy lm --score own_scores:good --seed -1", "seed must be a whole number >= 0; got -1"),
         ("sample --model lm --policy lm --score own_scores:good --count 0", "count must be a whole number >= 1; got 0"),
         ("sample --model lm --policy lm --score own_scores:shape --prompt film --max-new-tokens 4", "must be one num"),
         ("sample --model lm --policy lm --score own_scores:good --prompt film --max-new-tokens 40", "prompt 1: .* 2 "),
@@ -411,6 +412,51 @@ def test_printing_to_a_full_disk(world, run):
         command = [sys.executable, "-m", "rlhf_lessons", "summary", "finished"]
         done = subprocess.run(command, cwd=world, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr == "\nerror: No space left on device\n"
+
+
+def printed(*arguments, **options):
+    """What a process of its own does: standard output is a pipe, kept until it is full or handed over."""
+    command = [sys.executable, "-m", "rlhf_lessons", *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = {"stdout": subprocess.PIPE} | options | {"env": environment | options.pop("env", {})}
+    return subprocess.run(command, stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_that_lacks_a_character_shows_its_number(encoding, world, run):
+    """As on Windows, where what goes into a file or a pipe is in the code page: no command ends by its own output."""
+    run(*PPO.split(), *FAST, "--out", "told")
+    sample = "sample --model lm --policy lm --score own_scores:good --count 1 --max-new-tokens 4 --prompt →".split()
+    for arguments, shown in ((["ppo", "--help"], r"\u03b2"), (["summary", "told"], r"| \u03b2 |"), (sample, r"\u2192")):
+        done = printed(*arguments, cwd=world, env={"PYTHONIOENCODING": encoding})
+        assert done.returncode == 0 and shown in done.stdout.decode(encoding), done.stderr
+    done = printed("summary", "→", cwd=world, env={"PYTHONIOENCODING": encoding})
+    assert done.returncode == 2 and rb"error: \u2192: holds no run" in done.stderr
+
+
+def test_commands_run_where_standard_output_is_no_file(run, monkeypatch):
+    """A notebook's is not, and a windowed program has none; the commands then print as they can."""
+    monkeypatch.setattr(sys, "stderr", None)
+    commands.print_anywhere()
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=print, flush=lambda: None))
+    commands.print_anywhere()
+
+
+@pytest.mark.parametrize("arguments", ["--help", "ppo --help", "summary read"])
+def test_a_reader_that_has_left_ends_a_command_quietly(arguments, world, run):
+    run(*PPO.split(), *FAST, "--out", "read")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = printed(*arguments.split(), cwd=world, stdout=writer)
+    os.close(writer)
+    assert done.returncode == commands.EXIT_UNREAD == 141 and done.stderr == b""
+
+
+def test_an_argument_that_is_no_text_is_said_in_a_line(run):
+    sample = "sample --model lm --policy lm --score own_scores:good --max-new-tokens 4 --prompt".split()
+    code, _, error = run(*sample, "caf\udce9")
+    assert code == 2 and error.endswith("error: --prompt: the field \"prompt\" holds half of a surrogate pair, no char"
+                                        "acter\n")  # fmt: skip
 
 
 # --- Help -------------------------------------------------------------------------------------------------------------

@@ -9,18 +9,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_scoring import samples_of
 
+from rlhf_lessons import data
 from rlhf_lessons.__main__ import main
 from rlhf_lessons.app import inputs as room
 from rlhf_lessons.app.inputs import (
     Model,
     check_lengths,
+    choose_pairs,
     choose_prompts,
     choose_score,
     import_score,
+    read_alike,
     resolve,
     warn_of_unknown,
 )
+from rlhf_lessons.scoring import as_scorer
 
 LINES = ["good film bad film .", "bad film good bad .", "film"]
 TINY_WORLD = room.ASSETS / "base"
@@ -84,7 +89,39 @@ def test_the_gold_reward_belongs_to_the_tiny_world(corpus, pairs):
     assert not brought(prompts=corpus).tiny_world
 
 
+def test_pairs_longer_than_the_context_are_counted(make_lm, tokenizer, tmp_path, capsys):
+    """Left out or cut as was asked for, and where they give the prompts, those without room are no prompts."""
+    short = {"prompt": "film", "chosen": "good", "rejected": "bad"}
+    pairs = [short, short | {"prompt": "film " * 40}, short | {"chosen": "good " * 40}, short | {"prompt": "bad " * 26}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    for part in (make_lm(), tokenizer):
+        part.save_pretrained(tmp_path / "lm")
+
+    def kept(long):
+        found = brought(preferences=path, model=tmp_path / "lm", long_pairs=long)
+        check_lengths(found, tokenizer, found.model.network)
+        return choose_pairs(found, "preferences", tokenizer, found.model.network), found
+
+    with pytest.raises(ValueError, match="pairs.jsonl, line 2: prompt and chosen must fit the model's context of 32"):
+        kept("refuse")
+    chosen, found = kept("drop")
+    assert chosen == [pairs[0], pairs[3]]
+    assert f"2 of the 4 pairs in {path}, longer than 32 tokens, are left out\n" in capsys.readouterr().err
+    prompts = choose_prompts(found, opening_words=3, seed=0, max_new_tokens=5)
+    assert [prompt.place for prompt in prompts] == [f"{path}, line {number}" for number in (1, 3, 4)]
+    assert len(choose_prompts(found, opening_words=3, seed=0, max_new_tokens=6)) == 2  # 27 tokens and 6, of 32
+    with pytest.raises(ValueError, match="pairs.jsonl: none of its prompts leaves room for a response"):
+        choose_prompts(found, opening_words=3, seed=0, max_new_tokens=31)
+    chosen, found = kept("cut")
+    assert [len(pair["prompt"]) for pair in chosen[1:2]] == [30] and len(chosen) == 3
+    said = capsys.readouterr().err
+    assert "1 of the 4 pairs" in said and "are cut at the beginning of their prompts\n" in said
+    assert choose_pairs(found, "eval_preferences", tokenizer, found.model.network) == []
+
+
 def test_unknown_words_are_told(tokenizer, capsys, tmp_path):
+    warn_of_unknown([[{"role": "user", "content": "plot"}]], tokenizer, tmp_path)  # a chat, which is not looked at
     warn_of_unknown(["good film film bad plot"], tokenizer, tmp_path)
     assert capsys.readouterr().err == ""
     warn_of_unknown(["good plot"], tokenizer, tmp_path)
@@ -117,6 +154,58 @@ def test_a_score_s_own_modules_can_be_imported_later(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     assert import_score("late_scores:f")(["a"], ["abc"]) == [3]
+
+
+def test_tokenizers_read_alike_that_share_words_and_ends(make_tokenizer, tokenizer):
+    """One vocabulary is not enough: the end of a response, or the beginning of a text, may be another token."""
+    assert read_alike(tokenizer, make_tokenizer())
+    without_begin = make_tokenizer()
+    without_begin.backend_tokenizer.post_processor = None
+    longer = make_tokenizer()
+    longer.add_tokens(["plot"])
+    for other in (make_tokenizer(eos_token="."), without_begin, longer):
+        assert not read_alike(tokenizer, other) and not read_alike(other, tokenizer)
+
+
+@pytest.mark.detail(25)
+def test_a_reward_model_with_another_eos_reads_its_own(make_reward_model, make_tokenizer, tokenizer):
+    """The policy ends by ".", which the reward model would take for a word; what never ended gets no EOS."""
+    model, policy_s = make_reward_model(), make_tokenizer(eos_token=".")
+    score = choose_score(brought(), Model(model, tokenizer, "reward"), policy_s, device="cpu")
+    batch = samples_of([[1, 6], [1, 6]], [[4, 7], [4, 5]], ended=[True, False])
+    scores = as_scorer(score, policy_s)(batch).tolist()
+    rows = [torch.tensor([ids]) for ids in ([1, 6, 4, 2], [1, 6, 4, 5])]
+    assert scores == pytest.approx([model(ids, torch.ones_like(ids)).item() for ids in rows], abs=1e-5)
+
+
+def test_a_reward_model_reads_chats_by_its_own_template(make_reward_model, make_tokenizer):
+    """Where it has one; else the text that the policy was given."""
+    chat = [{"role": "user", "content": "film"}]
+    policy_s = make_tokenizer(eos_token=".", chat_template="good {{ messages[0].content }}")
+    model, ids = make_reward_model(), [1, 4, 6]
+    batch = samples_of([ids], [[5, 7]], ended=[True], records=[{"prompt": chat}])
+    for template, read in ((None, [1, 4, 6, 5, 2]), ("bad bad {{ messages[0].content }}", [5, 5, 6, 5, 2])):
+        own = make_tokenizer(chat_template=template)
+        score = choose_score(brought(), Model(model, own, "reward"), policy_s, device="cpu")
+        expected = model(torch.tensor([read]), torch.ones(1, len(read))).item()
+        assert as_scorer(score, policy_s)(batch).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_reward_model_with_its_own_tokenizer_reads_a_word_s_second_half(make_reward_model):
+    """The policy wrote "s good" after "the plot wa": no space stands between the two."""
+    policy_s, own = (data.train_tokenizer(["the plot was good ."] * 9, vocab_size=size) for size in (275, 290))
+    model = make_reward_model(vocab_size=len(own))
+    ids = (
+        data.encode_prompt(policy_s, "the plot wa"),
+        data.encode_response(policy_s, "the plot wa", "s good", sampled=True),
+    )
+    score = choose_score(brought(), Model(model, own, "reward"), policy_s, device="cpu")
+    batch = samples_of([ids[0]], [ids[1]], records=[{"prompt": "the plot wa"}])
+    read = data.encode_prompt(own, "the plot wa")
+    read += data.encode_response(own, "the plot wa", "s good", sampled=True)
+    assert own.decode(read) == "<bos>the plot was good<eos>"
+    expected = model(torch.tensor([read]), torch.ones(1, len(read))).item()
+    assert as_scorer(score, policy_s)(batch).item() == pytest.approx(expected, abs=1e-5)
 
 
 # --- Read once --------------------------------------------------------------------------------------------------------

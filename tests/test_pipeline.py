@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf_lessons.app import pipeline
-from rlhf_lessons.app.inputs import ASSETS, Model, load_model, resolve
+from rlhf_lessons.app.inputs import ASSETS, Model, choose_score, load_model, resolve
 from rlhf_lessons.app.pipeline import compare, fit_reward, longest_response, optimise, pretrain
 from rlhf_lessons.app.run_folder import RunFolder
 from rlhf_lessons.config import PPOConfig, PretrainConfig, RewardConfig, Settings
@@ -152,6 +152,34 @@ def test_samples_take_every_prompt_in_turn_and_both_models_the_same(make_lm, tok
     assert all(sample["before"] == sample["after"] and "gold" in sample["after"] for sample in same)
     with pytest.raises(ValueError, match="scores must be one number per response"):
         sampled(make_lm(), lambda p, r: [1.0], gold=False, count=2)
+
+
+@pytest.mark.detail(25)
+def test_a_sample_shows_the_score_of_the_tokens_that_were_sampled(make_lm, make_reward_model, make_tokenizer):
+    """By a reward model with another tokenizer, too, and where the response was cut off: no EOS is put behind it."""
+    policy_s, own, model = make_tokenizer(), make_tokenizer(), make_reward_model(vocab_size=9)
+    own.add_tokens(["plot"])
+    given = resolve(argparse.Namespace(command="ppo", critic="shared"))
+    score = choose_score(given, Model(model, own, "reward"), policy_s, device="cpu")
+    lm = make_lm(seed=4)
+    shown, exact = (
+        compare({"before": lm}, policy_s, ["film"], as_scorer(scorer, policy_s), CPU, gold=False, count=16)
+        for scorer in (score, model)
+    )
+    assert [sample["before"]["text"] for sample in shown] == [sample["before"]["text"] for sample in exact]
+    scores = [[sample["before"]["score"] for sample in samples] for samples in (shown, exact)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    lengths = {len(sample["before"]["text"].split()) for sample in shown}
+    assert lengths >= {1, CPU.max_new_tokens}, "some should have ended, and some not"
+
+
+def test_prompts_of_each_kind_are_shown_as_text(make_lm, make_tokenizer):
+    tokenizer = make_tokenizer(chat_template="{{ messages[0].content }} bad")
+    prompts = ["film ", [1, 4, 6], [{"role": "user", "content": "good"}]]
+    samples = compare({"before": make_lm()}, tokenizer, prompts, as_scorer(length, tokenizer), CPU, gold=False, count=3)
+    assert sorted(sample["prompt"] for sample in samples) == ["film ", "good bad", "good film"]
+    with pytest.raises(ValueError, match="prompts must hold at least one prompt; got none"):
+        compare({"before": make_lm()}, tokenizer, [], as_scorer(length, tokenizer), CPU, gold=False)
 
 
 def test_the_response_shown_token_by_token_is_the_longest_that_ended(make_batch, tokenizer):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import resource
 
 import pytest
@@ -116,6 +117,33 @@ def test_real_checkpoints_on_a_full_disk(size, make_lm, tokenizer, tmp_path):
     assert names(tmp_path) == []
 
 
+def strictly(text):
+    """The text read by a program that knows no numbers but JSON's."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_is_no_finite_number_is_written_as_null(tmp_path):
+    folder, inf = RunFolder(tmp_path), math.inf
+    folder.append_metrics(1, {"kl": math.nan, "score": -inf, "loss": 0.25})
+    folder.write_json("summary.json", {"before": {"score_std": math.nan}, "list": [1, (inf, "NaN")], "name": "é"})
+    line = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert strictly(line) == {"iteration": 1, "kl": None, "score": None, "loss": 0.25}
+    text = (tmp_path / "summary.json").read_text(encoding="utf-8")
+    assert strictly(text) == {"before": {"score_std": None}, "list": [1, [None, "NaN"]], "name": "é"} and "é" in text
+    (row,) = read_metrics(tmp_path)
+    assert math.isnan(row["kl"]) and math.isnan(row["score"]) and row["loss"] == 0.25
+
+
+def test_an_argument_that_is_no_text_can_be_written(tmp_path):
+    """A shell may pass on bytes that are no UTF-8; Python stands for each by half of a surrogate pair."""
+    RunFolder(tmp_path).write_json("config.json", {"command": ["caf\udce9"]})
+    assert strictly((tmp_path / "config.json").read_text(encoding="utf-8")) == {"command": ["caf\udce9"]}
+
+
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +157,8 @@ def test_mean_is_of_the_last_rows_or_of_all_there_are():
     rows = [{"kl": float(value)} for value in (100, 1, 2, 3, 4, 5)]
     assert mean_of_last(rows, "kl") == 3.0 and mean_of_last(rows, "kl", last=2) == 4.5
     assert mean_of_last(rows[:2], "kl") == 50.5
+    with pytest.raises(ValueError, match="rows must hold at least one iteration; got none"):
+        mean_of_last([], "kl")
 
 
 # --- Samples, pictures, tables ----------------------------------------------------------------------------------------
@@ -150,6 +180,8 @@ def test_samples_stand_side_by_side():
     rows = [line for line in table.splitlines() if line.startswith(("| before", "| after"))]
     assert rows[:2] == ["| before | -1.00 | 0.50 | bad . |", "| after | 2.00 | 0.00 | a\\|b c |"]
     assert rows[3] == "| after | 1.01 | 0.00 | x |"
+    lines = samples_table([sample("def f(x):\n    ", samples[0]["before"], samples[0]["after"])]).splitlines()
+    assert "**def f(x):** …" in lines
     assert "gold" not in samples_table([sample("a", {"text": "b", "score": 1}, {"text": "c", "score": 2})])
 
 
@@ -214,6 +246,13 @@ def test_summary_has_a_row_per_run_and_tells_which_were_stopped(tmp_path):
         "| b | 0.05 | 3 | 1.00 → 1.00 | – | 4.0 |",
         "| c | 0.05 | 3 | stopped after 2 of 9 iterations | – | – |",
     ]
+
+
+def test_a_summary_may_hold_what_is_no_number(tmp_path):
+    folder = write_run(tmp_path / "a", finished=True)
+    numbers = {"score": None, "kl": None}
+    (folder / "summary.json").write_text(json.dumps({"before": numbers, "after": numbers}))
+    assert summary_table([folder]).splitlines()[2] == "| a | 0.05 | 3 | nan → nan | – | nan |"
 
 
 @pytest.mark.parametrize("config", [None, "{", "{}", "[]", '{"ppo": {}}'])

@@ -227,7 +227,8 @@ def choose_score(
         return reward_model.network
     if Path(reward_model.name) == ASSETS / "reward_model":
         raise ValueError("give --reward-model or --score: the shipped reward model knows the tiny world's words only")
-    network, place, sampled = reward_model.network, check_device(device), data.writes_spaces(tokenizer)
+    network, place = reward_model.network, check_device(device)
+    between = "" if data.writes_spaces(tokenizer) else " "  # a prompt's and a response's words
 
     def score(
         prompts: Sequence[str],
@@ -238,7 +239,8 @@ def choose_score(
         """The scores of texts, each read as the reward model's own tokenizer would write it, chats by its template."""
         chats = [own.chat_template and data.is_chat(given) and given for given in prompt or prompts]
         asked = [chat or text for chat, text in zip(chats, prompts, strict=True)]
-        return score_texts(network.to(place), own, asked, responses, ended=ended, sampled=sampled)
+        said = [(text and response and between) + response for text, response in zip(prompts, responses, strict=True)]
+        return score_texts(network.to(place), own, asked, said, ended=ended, sampled=True)
 
     return score
 

@@ -1,0 +1,95 @@
+"""What a scorer is given: the texts that were sampled, their columns, and an EOS where one was sampled."""
+
+import inspect
+
+import pytest
+import torch
+
+from rlhf_lessons.data import pad
+from rlhf_lessons.generation import Samples
+from rlhf_lessons.scoring import TextScorer, preference_accuracy, score_texts
+
+PAD, BOS, EOS = 0, 1, 2
+
+
+def samples_of(prompts, responses, *, ended=None, records=None):
+    """Samples of these token ids; where nothing else is said, those that end in EOS have ended."""
+    before, before_mask = pad(prompts, PAD, side="left")
+    after, after_mask = pad(responses, PAD, side="right")
+    return Samples(
+        tokens=torch.cat([before, after], dim=1),
+        attention_mask=torch.cat([before_mask, after_mask], dim=1),
+        response_mask=after_mask,
+        sampler_log_probs=torch.zeros(after.shape),
+        ended=torch.tensor([ids[-1] == EOS for ids in responses] if ended is None else ended),
+        group=torch.arange(len(prompts)),
+        records=({},) * len(prompts) if records is None else tuple(records),
+        prompt_length=before.shape[1],
+    )
+
+
+# --- Texts and columns ------------------------------------------------------------------------------------------------
+
+
+def test_a_score_gets_what_was_sampled(tokenizer):
+    """A prompt as it was given, or its tokens' text; a response without the token that ended it, whichever it was."""
+    samples = samples_of(
+        [[BOS, 6], [BOS, 4, 6], [BOS, 6]],
+        [[4, EOS], [BOS, 5, 7], [5, 7]],
+        ended=[True, False, True],
+        records=[{"prompt": "film"}, {"prompt": [BOS, 4, 6]}, {"prompt": " film\n"}],
+    )
+    assert samples.texts(tokenizer) == (["film", "good film", " film\n"], ["good", "<bos> bad .", "bad"])
+
+
+RECORDS = [{"prompt": "film", "answer": 3, "level": "a"}, {"prompt": "film", "answer": 4}]
+
+
+def given_to(function, tokenizer, records=RECORDS):
+    """What a score function is given beside the texts."""
+    seen = {}
+
+    def noting(*arguments, **columns):
+        seen.update(columns)
+        return [0.0, 0.0]
+
+    noting.__signature__ = inspect.signature(function)
+    TextScorer(noting, tokenizer)(samples_of([[BOS, 6], [BOS, 6]], [[4, EOS], [5, 5]], records=records))
+    return seen
+
+
+def test_a_score_gets_the_columns_that_it_names(tokenizer):
+    answer, level, prompt, ended = [3, 4], ["a", None], ["film", "film"], [True, False]
+    assert given_to(lambda prompts, responses: 0, tokenizer) == {}
+    assert given_to(lambda p, r, answer, other=1: 0, tokenizer) == {"answer": answer}
+    assert given_to(lambda p, r, *, level, prompt: 0, tokenizer) == {"level": level, "prompt": prompt}
+    assert given_to(lambda p, r, **columns: 0, tokenizer) == {"answer": answer, "level": level, "prompt": prompt}
+    assert given_to(lambda prompt, answer, **rest: 0, tokenizer) == {"level": level}
+    assert given_to(lambda p, r, ended=None: 0, tokenizer) == {"ended": ended}
+    own = [{"prompt": "film", "ended": "mine"}] * 2
+    assert given_to(lambda p, r, ended: 0, tokenizer, own) == {"ended": ["mine", "mine"]}
+
+
+# --- A reward model on texts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.detail(25)
+def test_only_what_ended_is_scored_with_an_eos(make_reward_model, tokenizer):
+    model = make_reward_model()
+
+    def scored(*ids):
+        return model(torch.tensor([ids]), torch.ones(1, len(ids))).item()
+
+    scores = score_texts(model, tokenizer, ["film"] * 2, ["good"] * 2, ended=torch.tensor([True, False])).tolist()
+    assert scores == pytest.approx([scored(BOS, 6, 4, EOS), scored(BOS, 6, 4)], abs=1e-5)
+    assert abs(scores[0] - scores[1]) > 1e-3
+    both = score_texts(model, tokenizer, ["film"] * 2, ["good"] * 2, ended=[False, True]).tolist()
+    assert both == pytest.approx(scores[::-1], abs=1e-5)
+    assert score_texts(model, tokenizer, ["film"], ["good"]).item() == pytest.approx(scores[0], abs=1e-5)
+
+
+def test_nothing_to_score_is_refused(make_reward_model, tokenizer):
+    with pytest.raises(ValueError, match="prompts must hold at least one prompt; got none"):
+        score_texts(make_reward_model(), tokenizer, [], [])
+    with pytest.raises(ValueError, match="prompts must hold at least one prompt; got none"):
+        preference_accuracy(make_reward_model(), [], tokenizer)
