@@ -149,8 +149,10 @@ def test_an_argument_that_is_no_text_can_be_written(tmp_path):
 
 def test_metrics_are_read_up_to_a_line_cut_short(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iteration": 1, "kl": 0.5}\n{"iteration": 2, "kl": 0.75}\n{"iterat')
-    assert read_metrics(path) == read_metrics(tmp_path) == [{"iteration": 1, "kl": 0.5}, {"iteration": 2, "kl": 0.75}]
+    for cut in ('{"iterat', "1", ""):
+        path.write_text('{"iteration": 1, "kl": 0.5}\n{"iteration": 2, "kl": 0.75}\n' + cut)
+        rows = [{"iteration": 1, "kl": 0.5}, {"iteration": 2, "kl": 0.75}]
+        assert read_metrics(path) == read_metrics(tmp_path) == rows
 
 
 def test_mean_is_of_the_last_rows_or_of_all_there_are():
@@ -253,6 +255,14 @@ def test_a_summary_may_hold_what_is_no_number(tmp_path):
     numbers = {"score": None, "kl": None}
     (folder / "summary.json").write_text(json.dumps({"before": numbers, "after": numbers}))
     assert summary_table([folder]).splitlines()[2] == "| a | 0.05 | 3 | nan → nan | – | nan |"
+
+
+def test_summary_refuses_a_summary_of_another_kind(tmp_path):
+    folder = write_run(tmp_path / "a", finished=True)
+    for text in ("[]", "{}", '{"before": 3, "after": 3}', '{"before": {}, "after": {}}', "{"):
+        (folder / "summary.json").write_text(text)
+        with pytest.raises(ValueError, match="a: holds no run of PPO"):
+            summary_table([folder])
 
 
 @pytest.mark.parametrize("config", [None, "{", "{}", "[]", '{"ppo": {}}'])

@@ -136,7 +136,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(with_nan(json.loads(line)))
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, AttributeError):  # half a line may be a number
             break
     return rows
 
@@ -194,7 +194,7 @@ def summary_table(folders: list[Path]) -> str:
             )
             gold = f"{before['gold']:.2f} → {after['gold']:.2f}" if "gold" in after else "–"
             lines.append(start + f"| {before['score']:.2f} → {after['score']:.2f} | {gold} | {after['kl']:.1f} |")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             raise ValueError(f"{folder}: holds no run of PPO ({reason})") from error
     return "\n".join(lines)
