@@ -133,11 +133,9 @@ def sentence_openings(texts: list[str], *, words: int) -> list[str]:
 
 def is_chat(prompt: Any) -> bool:
     """Whether a prompt is a list of messages, each with a `role` and a `content` in text."""
-
-    def is_message(item: Any) -> bool:
-        return isinstance(item, Mapping) and all(isinstance(item.get(key), str) for key in ("role", "content"))
-
-    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(map(is_message, prompt))
+    if not isinstance(prompt, Sequence) or not all(isinstance(item, Mapping) for item in prompt):
+        return False
+    return len(prompt) > 0 and all(isinstance(item.get(key), str) for item in prompt for key in ("role", "content"))
 
 
 def as_record(prompt: Prompt | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,5 +1,6 @@
 """Reading files, with errors that name the line, and turning text into token ids."""
 
+import copy
 import json
 
 import pytest
@@ -199,6 +200,15 @@ def test_messages_are_read_by_the_tokenizer_s_template(make_tokenizer):
     picky = make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="prompt 2: messages must suit .*; got: roles must alternate"):
         encode_prompts(picky, ["film", turns("film")], max_new_tokens=1, context=9)
+
+
+def test_no_space_is_put_behind_a_chat(trained):
+    """A text that ends in a word is continued by another word, a template by whatever it leaves open."""
+    tokenizer = copy.deepcopy(trained)
+    tokenizer.chat_template = "{{ messages[0].content }}:"
+    alone, apart = (trained(text, add_special_tokens=False).input_ids + [EOS] for text in ("good", " good"))
+    assert encode_response(tokenizer, turns("plot"), "good") == alone != apart
+    assert encode_response(tokenizer, "plot:", "good") == apart
 
 
 def test_prompts_may_be_token_ids(tokenizer):

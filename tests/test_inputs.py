@@ -107,7 +107,8 @@ def test_pairs_longer_than_the_context_are_counted(make_lm, tokenizer, tmp_path,
         kept("refuse")
     chosen, found = kept("drop")
     assert chosen == [pairs[0], pairs[3]]
-    assert f"2 of the 4 pairs in {path}, longer than 32 tokens, are left out\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"2 of the 4 pairs in {path} are longer than the context of 32 tokens (drop): 2 are read\n" in said
     prompts = choose_prompts(found, opening_words=3, seed=0, max_new_tokens=5)
     assert [prompt.place for prompt in prompts] == [f"{path}, line {number}" for number in (1, 3, 4)]
     assert len(choose_prompts(found, opening_words=3, seed=0, max_new_tokens=6)) == 2  # 27 tokens and 6, of 32
@@ -115,8 +116,7 @@ def test_pairs_longer_than_the_context_are_counted(make_lm, tokenizer, tmp_path,
         choose_prompts(found, opening_words=3, seed=0, max_new_tokens=31)
     chosen, found = kept("cut")
     assert [len(pair["prompt"]) for pair in chosen[1:2]] == [30] and len(chosen) == 3
-    said = capsys.readouterr().err
-    assert "1 of the 4 pairs" in said and "are cut at the beginning of their prompts\n" in said
+    assert "2 of the 4 pairs" in (said := capsys.readouterr().err) and "(cut): 3 are read\n" in said
     assert choose_pairs(found, "eval_preferences", tokenizer, found.model.network) == []
 
 

@@ -189,10 +189,12 @@ def choose_pairs(
     """The pairs of one of the files, none without it, and a word to the user on those longer than the context."""
     pairs, context = getattr(inputs, name) or [], context_of(model)
     kept = data.fitting_pairs(tokenizer, pairs, context=context, long=inputs.long_pairs) if pairs else []
-    cut = len({id(pair) for pair in kept} - {id(pair) for pair in pairs})
-    for count, what in ((len(pairs) - len(kept), "left out"), (cut, "cut at the beginning of their prompts")):
-        if count:
-            say(f"{count} of the {len(pairs)} pairs in {inputs.given[name]}, longer than {context} tokens, are {what}")
+    count = len(pairs) - len({id(pair) for pair in kept} & {id(pair) for pair in pairs})
+    if count:
+        say(
+            f"{count} of the {len(pairs)} pairs in {inputs.given[name]} are longer than the context of {context} tokens"
+            f" ({inputs.long_pairs}): {len(kept)} are read"
+        )
     return kept
 
 
