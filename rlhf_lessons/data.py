@@ -46,7 +46,7 @@ def read_lines(path: str | Path) -> list[tuple[int, str]]:
 
 
 def read_corpus(path: str | Path) -> list[str]:
-    """One document a line; empty lines are skipped."""
+    """One document a line, without the white space around it; empty lines are skipped."""
     return [line for _, line in read_lines(path)]
 
 
@@ -63,7 +63,8 @@ def read_preferences(path: str | Path) -> list[Record]:
 def read_prompts(path: str | Path) -> list[Record]:
     """One prompt a line, or JSON lines with a field `prompt` where the file's name ends in .json or .jsonl.
 
-    There it is a text or a list of messages. What else a JSON line holds stays beside it, for a score that asks for it.
+    There it is a text, white space and all, or a list of messages; a plain line is read without the white space around
+    it. What else a JSON line holds stays beside its prompt, for a score that asks for it.
     """
     if Path(path).suffix in (".json", ".jsonl"):
         return [json_record(path, number, line, ("prompt",)) for number, line in read_lines(path)]

@@ -108,7 +108,7 @@ def word_tokenizer(**options):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
     names = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", padding_side="left")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **(names | options))
+    return PreTrainedTokenizerFast(**(dict(tokenizer_object=tokenizer) | names | options))
 
 
 @pytest.fixture(scope="session")

@@ -21,10 +21,12 @@ from rlhf_lessons.app.inputs import (
     choose_prompts,
     choose_score,
     import_score,
+    load_model,
     read_alike,
     resolve,
     warn_of_unknown,
 )
+from rlhf_lessons.models import load_causal_lm
 from rlhf_lessons.scoring import as_scorer
 
 LINES = ["good film bad film .", "bad film good bad .", "film"]
@@ -108,7 +110,7 @@ def test_pairs_longer_than_the_context_are_counted(make_lm, tokenizer, tmp_path,
     chosen, found = kept("drop")
     assert chosen == [pairs[0], pairs[3]]
     said = capsys.readouterr().err
-    assert f"2 of the 4 pairs in {path} are longer than the context of 32 tokens (drop): 2 are read\n" in said
+    assert f"2 of the 4 pairs in {path} are longer than 32 tokens (drop: 2 are read)\n" in said
     prompts = choose_prompts(found, opening_words=3, seed=0, max_new_tokens=5)
     assert [prompt.place for prompt in prompts] == [f"{path}, line {number}" for number in (1, 3, 4)]
     assert len(choose_prompts(found, opening_words=3, seed=0, max_new_tokens=6)) == 2  # 27 tokens and 6, of 32
@@ -116,7 +118,7 @@ def test_pairs_longer_than_the_context_are_counted(make_lm, tokenizer, tmp_path,
         choose_prompts(found, opening_words=3, seed=0, max_new_tokens=31)
     chosen, found = kept("cut")
     assert [len(pair["prompt"]) for pair in chosen[1:2]] == [30] and len(chosen) == 3
-    assert "2 of the 4 pairs" in (said := capsys.readouterr().err) and "(cut): 3 are read\n" in said
+    assert "2 of the 4 pairs" in (said := capsys.readouterr().err) and "(cut: 3 are read)\n" in said
     assert choose_pairs(found, "eval_preferences", tokenizer, found.model.network) == []
 
 
@@ -224,6 +226,19 @@ def folder(tmp_path, monkeypatch, make_lm, make_reward_model, tokenizer):
             part.save_pretrained(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_a_tokenizer_s_largest_id_must_be_embedded(make_lm, make_tokenizer, tmp_path):
+    """Where a vocabulary leaves numbers out, it has fewer tokens than its largest id says."""
+    tokenizer = make_tokenizer()
+    changed = json.loads(tokenizer.backend_tokenizer.to_str())
+    changed["model"]["vocab"]["."] = 40
+    tokenizer = make_tokenizer(tokenizer_object=type(tokenizer.backend_tokenizer).from_str(json.dumps(changed)))
+    assert len(tokenizer) == 8
+    for part in (make_lm(), tokenizer):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its tokenizer has 41 tokens, its model embeds 8; .*resize_token_embeddings"):
+        load_model(load_causal_lm, tmp_path)
 
 
 @pytest.fixture

@@ -123,9 +123,10 @@ def load_model(load: Callable[[str | Path], nn.Module], path: str | Path) -> Mod
     tokenizer = load_tokenizer(path)
     inner = getattr(network, "classifier", getattr(network, "lm", network))
     embedded = inner.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embedded:
+    tokens = max(tokenizer.get_vocab().values()) + 1  # some vocabularies leave numbers out
+    if tokens > embedded:
         raise ValueError(
-            f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds {embedded}; "
+            f"{name}: its tokenizer has {tokens} tokens, its model embeds {embedded}; "
             "after adding tokens call model.resize_token_embeddings(len(tokenizer)) and save both again"
         )
     return Model(network, tokenizer, name)
@@ -191,10 +192,8 @@ def choose_pairs(
     kept = data.fitting_pairs(tokenizer, pairs, context=context, long=inputs.long_pairs) if pairs else []
     count = len(pairs) - len({id(pair) for pair in kept} & {id(pair) for pair in pairs})
     if count:
-        say(
-            f"{count} of the {len(pairs)} pairs in {inputs.given[name]} are longer than the context of {context} tokens"
-            f" ({inputs.long_pairs}): {len(kept)} are read"
-        )
+        what = f"{inputs.long_pairs}: {len(kept)} are read"
+        say(f"{count} of the {len(pairs)} pairs in {inputs.given[name]} are longer than {context} tokens ({what})")
     return kept
 
 
@@ -232,13 +231,8 @@ def choose_score(
     network, place = reward_model.network, check_device(device)
     between = "" if data.writes_spaces(tokenizer) else " "  # a prompt's and a response's words
 
-    def score(
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        prompt: Sequence[Any] = (),
-        ended: Sequence[bool] | None = None,
-    ) -> torch.Tensor:
-        """The scores of texts, each read as the reward model's own tokenizer would write it, chats by its template."""
+    def score(prompts: Sequence[str], responses: Sequence[str], prompt: Any = (), ended: Any = None) -> torch.Tensor:
+        """The scores of texts as the reward model's own tokenizer writes them, chats (in `prompt`) by its template."""
         chats = [own.chat_template and data.is_chat(given) and given for given in prompt or prompts]
         asked = [chat or text for chat, text in zip(chats, prompts, strict=True)]
         said = [(text and response and between) + response for text, response in zip(prompts, responses, strict=True)]

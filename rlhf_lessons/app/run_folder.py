@@ -189,9 +189,7 @@ def summary_table(folders: list[Path]) -> str:
                 lines.append(start + f"| stopped after {done} of {settings['num_iterations']} iterations | – | – |")
                 continue
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-            before, after = (
-                {k: math.nan if v is None else v for k, v in summary[side].items()} for side in ("before", "after")
-            )
+            before, after = with_nan(summary["before"]), with_nan(summary["after"])
             gold = f"{before['gold']:.2f} → {after['gold']:.2f}" if "gold" in after else "–"
             lines.append(start + f"| {before['score']:.2f} → {after['score']:.2f} | {gold} | {after['kl']:.1f} |")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
