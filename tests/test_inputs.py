@@ -195,7 +195,8 @@ def test_a_reward_model_reads_chats_by_its_own_template(make_reward_model, make_
 
 def test_a_reward_model_with_its_own_tokenizer_reads_a_word_s_second_half(make_reward_model):
     """The policy wrote "s good" after "the plot wa": no space stands between the two."""
-    policy_s, own = (data.train_tokenizer(["the plot was good ."] * 9, vocab_size=size) for size in (275, 290))
+    policy_s, own = (data.train_tokenizer(["the plot was good ."] * 9, vocab_size=size) for size in (262, 290))
+    assert not read_alike(policy_s, own)
     model = make_reward_model(vocab_size=len(own))
     ids = (
         data.encode_prompt(policy_s, "the plot wa"),

@@ -70,6 +70,13 @@ def test_a_score_gets_the_columns_that_it_names(tokenizer):
     assert given_to(lambda p, r, ended: 0, tokenizer, own) == {"ended": ["mine", "mine"]}
 
 
+@pytest.mark.parametrize("scores", [[[1.0], [2.0]], [1.0], [1.0, 2.0, 3.0], 1.0, []])
+def test_scores_are_one_number_for_each_response(scores, tokenizer):
+    samples = samples_of([[BOS, 6], [BOS, 6]], [[4, EOS], [5, 5]])
+    with pytest.raises(ValueError, match=r"scores must be one number per response, \(2,\); got \("):
+        TextScorer(lambda prompts, responses: scores, tokenizer)(samples)
+
+
 # --- A reward model on texts ------------------------------------------------------------------------------------------
 
 
