@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lessons.config import PPOConfig, TrainerConfig, require
-from rlhf_lessons.data import encode_prompts, pad
+from rlhf_lessons.data import as_record, encode_prompts, pad
 from rlhf_lessons.device import autocast, gather_rows, make_accelerator, share_of
 from rlhf_lessons.fitting import check_finite, fit_language_model, fit_reward_model
 from rlhf_lessons.generation import Responses, draw_uniforms, sample_responses
@@ -68,8 +68,8 @@ class Trainer:
 
     policy: a language model, or for PPO a `CausalLMWithValueHead`, trained in place; reference: a language model of its
     own, frozen here; scorer: a reward model that shares the tokenizer and scores the tokens themselves, a function
-    (prompts, responses) -> (B,) floats of two lists of texts, EOS stripped, or a `Scorer`; prompts: texts, or records
-    with a text `prompt` and columns for the score, drawn at random for each batch. sampler: what takes the place of
+    (prompts, responses) -> (B,) floats of two lists of texts, EOS stripped, or a `Scorer`; prompts: texts, token
+    ids, chats, or records with such a `prompt` and columns for the score, drawn at random for each batch. sampler: what takes the place of
     `sample_responses`; optimizer: over the policy's parameters, AdamW where none is given; scheduler: of that
     optimizer, stepped once an iteration, `lr_schedule` where none is given.
     Raises ValueError for a config of another method, a reference that shares parameters with the policy, no prompts, a
@@ -99,7 +99,7 @@ class Trainer:
         if scheduler is not None and scheduler.optimizer is not optimizer:
             raise ValueError("scheduler must come with the optimizer that it steers; got another one or none")
         check_tokenizer(tokenizer)
-        self.prompts = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
+        self.prompts = [as_record(prompt) for prompt in prompts]
         self.prompt_ids = encode_prompts(
             tokenizer, prompts, max_new_tokens=config.max_new_tokens, context=context_of(policy)
         )

@@ -148,11 +148,11 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
         ("reward --model lm --preferences incomplete.jsonl", 'incomplete.jsonl, line 2: the field "rejected" is miss'),
         ("reward --model lm --preferences half.jsonl", 'half.jsonl, line 1: the field "chosen" holds half of a surro'),
         (
-            "reward --model lm --preferences lengthy.jsonl",
+            "reward --model lm --preferences lengthy.jsonl --long-pairs refuse",
             "lengthy.jsonl, line 3: prompt and rejected must fit the model's context of 32, .* got 33",
         ),
         (
-            "reward --model lm --preferences pairs.jsonl --eval-preferences lengthy.jsonl",
+            "reward --model lm --preferences pairs.jsonl --eval-preferences lengthy.jsonl --long-pairs refuse",
             "lengthy.jsonl, line 3: prompt and rejected",
         ),
         ("reward --model lm --eval-preferences pairs.jsonl", "--eval-preferences measures the reward model made from"),

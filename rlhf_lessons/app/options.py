@@ -156,6 +156,11 @@ def add_command(commands: Any, name: str, help: str, *sources: str) -> Parser:
         )  # fmt: skip
         for section, names in USES[name].items():
             add_settings(sub, section, names)
+    if "eval_preferences" in sources:
+        sub.add_argument(
+            "--long-pairs", choices=("drop", "cut", "refuse"), default="drop",
+            help="what becomes of a pair of texts longer than the model's context (default: drop)",
+        )  # fmt: skip
     if sources:
         sub.add_argument(
             "--threads", type=int, metavar="N",

@@ -39,6 +39,7 @@ from rlhf_lessons.trainer import PPOTrainer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NAMED = ("critic", "sampler", "opening_words", "long_pairs")  # options that are no setting of a fit or of PPO
 NUM_TEXTS = 64_000  # of the tiny world, that its base model learns to write from
 NUM_HELD_OUT = 1000  # pairs of the tiny world that a reward model is measured on
 NUM_SHOWN = 8  # responses read side by side
@@ -50,7 +51,7 @@ def write_config(folder: RunFolder, inputs: Inputs, settings: Settings, argument
         section: {k: v for k, v in asdict(getattr(settings, section)).items() if names is None or k in names}
         for section, names in USES[arguments.command].items()
     }
-    others = {name: getattr(arguments, name) for name in ("critic", "sampler", "opening_words") if name in arguments}
+    others = {name: getattr(arguments, name) for name in NAMED if name in arguments}
     folder.write_config({"sources": inputs.given, **read, **others, "threads": torch.get_num_threads()})
 
 
