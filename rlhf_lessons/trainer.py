@@ -68,10 +68,10 @@ class Trainer:
 
     policy: a language model, or for PPO a `CausalLMWithValueHead`, trained in place; reference: a language model of its
     own, frozen here; scorer: a reward model that shares the tokenizer and scores the tokens themselves, a function
-    (prompts, responses) -> (B,) floats of two lists of texts, EOS stripped, or a `Scorer`; prompts: texts, token
-    ids, chats, or records with such a `prompt` and columns for the score, drawn at random for each batch. sampler: what takes the place of
-    `sample_responses`; optimizer: over the policy's parameters, AdamW where none is given; scheduler: of that
-    optimizer, stepped once an iteration, `lr_schedule` where none is given.
+    (prompts, responses) -> (B,) floats of two lists of texts, EOS stripped, or a `Scorer`; prompts: texts, token ids,
+    chats, or records with such a `prompt` and columns for the score, drawn at random for each batch. sampler: what
+    takes the place of `sample_responses`; optimizer: over the policy's parameters, AdamW where none is given;
+    scheduler: of that optimizer, stepped once an iteration, `lr_schedule` where none is given.
     Raises ValueError for a config of another method, a reference that shares parameters with the policy, no prompts, a
     prompt too long for the context, or a precision that the device lacks.
     """
