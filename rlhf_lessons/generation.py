@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from rlhf_lessons.data import decode, decode_responses, encode_prompts, pad, real_ids
 from rlhf_lessons.masking import full_precision
-from rlhf_lessons.models import context_of, position_arguments, takes_ready_masks
+from rlhf_lessons.models import (
+    bar_unused_ids,
+    causal_lm_logits,
+    check_vocabulary,
+    context_of,
+    evaluating,
+    padding_route,
+    position_arguments,
+    takes,
+    takes_ready_masks,
+)
 from rlhf_lessons.policy_gradient import action_log_probs
 
 if TYPE_CHECKING:
@@ -84,6 +94,7 @@ class Sampler:
     """Draws responses by another engine: the base of what takes the place of `sample_responses`."""
 
     exact = True  # False: its log-probabilities are not the policy's to 1e-4, so the policy scores its tokens anew
+    tolerance: float | None = None  # of their mean distance from those, where they are scored anew; None: any
 
     def __call__(self, lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Responses:
         """Arguments and result of `sample_responses`."""
@@ -131,13 +142,13 @@ def sample_responses(
 
     lm: any Hugging Face causal language model; input_ids, attention_mask (B, P), padded on the left; eos_id: the token
     that ends a response, or several; uniforms: numbers to draw by (B, max_new_tokens), else `draw_uniforms` of
-    `generator`. The prompt is read once, then each step reads one token through the model's own key-value cache; rows
-    that have ended leave the cache. No top-k or top-p: the log-probabilities are those of the distribution that was
-    sampled from. Raises ValueError when a row's last prompt position is padding.
+    `generator`. The model is read in evaluation mode (`Reader`), and rows that have ended are read no more. No top-k or
+    top-p: the log-probabilities are those of the distribution that was sampled from. Raises ValueError when a row's
+    last prompt position is padding.
     """
     if attention_mask.device.type == "cpu" and not attention_mask[:, -1].all():
         raise ValueError("attention_mask must end in a real token in every row: pad prompts on the left; got padding")
-    batch, prompt_length = input_ids.shape
+    batch = len(input_ids)
     if uniforms is None:
         uniforms = draw_uniforms(batch, max_new_tokens, generator=generator)
     uniforms = uniforms.to(input_ids.device)
@@ -146,47 +157,79 @@ def sample_responses(
     log_probs = torch.zeros_like(tokens, dtype=torch.promote_types(lm.dtype, torch.float32))
     ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)
     ends = torch.tensor(eos_id, device=tokens.device)
-    rows = torch.arange(batch, device=tokens.device)  # the row of `tokens` that each row of the cache belongs to
-    visible = F.pad(attention_mask.bool(), (0, max_new_tokens), value=True)
-    positions = position_arguments(lm, visible)
-    cache, ready_masks = new_kv_cache(lm, visible.shape[1]), takes_ready_masks(lm)
-    step_ids, read = input_ids, slice(0, prompt_length)
-    for t in range(max_new_tokens):
-        seen = visible[:, : read.stop]
-        output = lm(
-            input_ids=step_ids,
-            attention_mask=seen[:, None, None] if ready_masks and t > 0 else seen,  # spares the model making one
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **{name: whole[:, read] for name, whole in positions.items()},
-        )
-        logits = at_temperature(output.logits[:, -1], temperature)
-        chosen = sample_tokens(logits, uniforms[rows, t])
-        tokens[rows, t] = chosen
-        mask[rows, t] = True
-        log_probs[rows, t] = action_log_probs(logits, chosen)
-        done = torch.isin(chosen, ends)
-        ended[rows] = done
-        step_ids, read = chosen[:, None], slice(prompt_length + t, prompt_length + t + 1)
-        if done.any():
-            keep = (~done).nonzero().squeeze(-1)
-            if len(keep) == 0:
-                break
-            cache.batch_select_indices(keep)
-            rows, step_ids, visible = rows[keep], step_ids[keep], visible[keep]
-            positions = position_arguments(lm, visible)
+    rows = torch.arange(batch, device=tokens.device)  # the row of `tokens` that each row that is read belongs to
+    step_ids = input_ids
+    with evaluating(lm):
+        reader = Reader(lm, F.pad(attention_mask.bool(), (0, max_new_tokens), value=True))
+        for t in range(max_new_tokens):
+            logits = at_temperature(reader.read(step_ids), temperature)
+            chosen = sample_tokens(logits, uniforms[rows, t])
+            tokens[rows, t] = chosen
+            mask[rows, t] = True
+            log_probs[rows, t] = action_log_probs(logits, chosen)
+            done = torch.isin(chosen, ends)
+            ended[rows] = done
+            step_ids = chosen[:, None]
+            if done.any():
+                keep = (~done).nonzero().squeeze(-1)
+                if len(keep) == 0:
+                    break
+                reader.keep(keep)
+                rows, step_ids = rows[keep], step_ids[keep]
     length = t + 1
     return Responses(tokens[:, :length], mask[:, :length], log_probs[:, :length], ended)
 
 
-def new_kv_cache(lm: nn.Module, length: int) -> "DynamicCache":
+class Reader:
+    """Reads texts on from where they were: each token once, through the model's own key-value cache.
+
+    Where the model keeps another memory than keys and values, or reads no padding on the left, whole texts are read
+    anew at every step: slower, and as right. visible (B, L): which tokens of the whole texts are real.
+    """
+
+    def __init__(self, lm: nn.Module, visible: Tensor) -> None:
+        self.lm, self.visible, self.text = lm, visible, visible.new_zeros(len(visible), 0, dtype=torch.long)
+        self.seen, self.ready_masks = 0, takes_ready_masks(lm)
+        cached = padding_route(lm) != "packed" and takes(type(lm), "past_key_values")
+        self.cache = new_kv_cache(lm, visible.shape[1]) if cached else None
+        self.positions = position_arguments(lm, visible)
+
+    def read(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, V) after the next tokens (B, N) of every row."""
+        start, self.seen = self.seen, self.seen + input_ids.shape[1]
+        seen = self.visible[:, : self.seen]
+        if self.cache is not None:
+            keep = {"logits_to_keep": 1} if takes(type(self.lm), "logits_to_keep") else {}
+            output = self.lm(
+                input_ids=input_ids,
+                attention_mask=seen[:, None, None] if self.ready_masks and start > 0 else seen,  # spares making one
+                past_key_values=self.cache,
+                use_cache=True,
+                **keep,
+                **{name: whole[:, start : self.seen] for name, whole in self.positions.items()},
+            )
+            if self.cache.get_seq_length() == self.seen:
+                return output.logits[:, -1]
+            self.cache = None  # the model did not keep its keys and values there, and so has a memory of its own
+        self.text = torch.cat([self.text, input_ids], dim=1)
+        return causal_lm_logits(self.lm, self.text, seen, logits_to_keep=1)[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone. rows: (N,) long."""
+        self.visible, self.text = self.visible[rows], self.text[rows]
+        self.positions = position_arguments(self.lm, self.visible)
+        if self.cache is not None:
+            self.cache.batch_select_indices(rows)
+
+
+def new_kv_cache(lm: nn.Module, length: int) -> "DynamicCache | None":
     """An empty key-value cache for texts of at most `length` tokens, which a step extends in place.
 
-    Layers that look back over a window only keep Hugging Face's own cache, which is short.
+    Layers that look back over a window only keep Hugging Face's own cache, which is short. None where a layer of the
+    model remembers something else, e.g. a recurrent state.
     """
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DummyLayer, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
     class PreallocatedLayer(DynamicLayer):
         """Room for `length` positions from the first step on; the base class copies all of them at every step."""
@@ -206,8 +249,16 @@ def new_kv_cache(lm: nn.Module, length: int) -> "DynamicCache":
             self.keys, self.values = (room[:, :, : self.get_seq_length()] for room in self.room)
 
     cache = DynamicCache(config=lm.config)
+    if not {*map(type, cache.layers)} <= {DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer}:
+        return None
     cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def eos_ids(lm: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens that end a response: the tokenizer's EOS and those that the model's generation settings name."""
+    named = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
+    return list(dict.fromkeys([tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or [])]))
 
 
 def sample_batch(
@@ -242,13 +293,15 @@ def respond(
     max_new_tokens: int = 24, temperature: float = 1.0, generator: torch.Generator | None = None, batch_size: int = 512,
 ) -> list[str]:  # fmt: skip
     """A sampled response to each prompt, as text. Raises ValueError for a prompt too long for the model's context."""
+    check_vocabulary(lm, tokenizer)
+    bar_unused_ids(lm, tokenizer)
     encoded = encode_prompts(tokenizer, prompts, max_new_tokens=max_new_tokens, context=context_of(lm))
     texts = []
     for start in range(0, len(encoded), batch_size):
         input_ids, mask = pad(encoded[start : start + batch_size], tokenizer.pad_token_id, side="left")
         responses = sample_responses(
             lm, input_ids.to(lm.device), mask.to(lm.device), max_new_tokens=max_new_tokens,
-            eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, temperature=temperature, generator=generator,
+            eos_id=eos_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id, temperature=temperature, generator=generator,
         )  # fmt: skip
         sampled = real_ids(responses.tokens, responses.mask)
         texts += decode_responses(tokenizer, encoded[start : start + batch_size], sampled, responses.ended)

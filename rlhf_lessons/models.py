@@ -10,9 +10,12 @@ import functools
 import inspect
 import json
 import math
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +30,13 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"  # the tiny world's models: base, reward_model, aligned
 VALUE_HEAD_FILE = "value_head.safetensors"  # keys: weight (1, H), bias (1,)
 CRITIC_FOLDER = "critic"  # a separate critic's trunk, itself a Hugging Face checkpoint
+CONTEXT_NAMES = (
+    "max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len", "max_seq_length",
+    "max_sequence_length", "max_target_positions", "context_length",
+)  # fmt: skip
+NOISE = re.compile("drop|jitter", re.IGNORECASE)  # in the names of what is only added in training
+
+_padding_routes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 class LogitsAndValues(NamedTuple):
@@ -36,33 +46,88 @@ class LogitsAndValues(NamedTuple):
     values: Tensor  # (B, L)
 
 
+class Pass(NamedTuple):
+    """What a model says of each kept position of whole texts."""
+
+    logits: Tensor | None  # (B, L, V); None from a trunk, which has no head
+    hidden: Tensor | None  # (B, L, H) the trunk's last state, which the heads read
+
+
 def context_of(model: nn.Module) -> float:
     """The longest text that a model reads, in tokens; infinite where it has no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    config = model.config.get_text_config()
+    return next(filter(None, (getattr(config, name, None) for name in CONTEXT_NAMES)), math.inf)
+
+
+@functools.cache
+def takes(model_class: type, argument: str) -> bool:
+    """Whether models of this class are called with this argument; looked up once, since sampling asks at every step."""
+    return argument in inspect.signature(model_class.forward).parameters
 
 
 def position_arguments(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
     """The argument that makes left padding harmless, for models that take it (ALiBi models have no position ids)."""
-    return {"position_ids": position_ids(attention_mask)} if takes_position_ids(type(model)) else {}
+    return {"position_ids": position_ids(attention_mask)} if takes(type(model), "position_ids") else {}
 
 
-@functools.cache
-def takes_position_ids(model_class: type) -> bool:
-    """Whether models of this class are told the positions; looked up once, since sampling asks at every step."""
-    return "position_ids" in inspect.signature(model_class.forward).parameters
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode in every module, then the mode that each was in.
 
-
-def takes_ready_masks(lm: nn.Module) -> bool:
-    """Whether a bool mask (B, 1, Q, K), True where query may see key, can stand for the mask of tokens.
-
-    So it is where PyTorch's own attention lets every layer see all that came before, and positions are given apart.
+    In training mode layers may add noise, and under gradient checkpointing they keep no cache.
     """
-    from transformers import StaticCache
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def padding_route(model: nn.Module) -> str:
+    """How a model reads texts padded on the left as it reads them alone; tried out once, on a few tokens.
+
+    "ready": by a mask (`ready_mask`) and positions; "mask": by the mask of tokens and positions, where it takes any;
+    "packed": not at all, so that the padding must go to the right, where nothing causal looks.
+    """
+    from transformers import PreTrainedModel, StaticCache
     from transformers.cache_utils import StaticLayer
 
-    if getattr(lm.config, "_attn_implementation", None) != "sdpa" or not takes_position_ids(type(lm)):
-        return False
-    return all(type(layer) is StaticLayer for layer in StaticCache(config=lm.config, max_cache_len=1).layers)
+    if not isinstance(model, PreTrainedModel):
+        return "mask"
+    if model not in _padding_routes:
+        # Only PyTorch's own attention takes a bool mask, and one mask serves only layers that all see the same.
+        same = getattr(model.config, "_attn_implementation", None) == "sdpa" and takes(type(model), "position_ids")
+        same = same and all(
+            type(layer) is StaticLayer for layer in StaticCache(config=model.config, max_cache_len=1).layers
+        )
+        mask = torch.tensor([[0, 0, 1, 1, 1]], device=model.device)
+        tries = {"ready": ready_mask(mask)} if same else {}
+        tries["mask"] = mask
+        _padding_routes[model] = next((way for way, of in tries.items() if ignores_padding(model, mask, of)), "packed")
+    return _padding_routes[model]
+
+
+@torch.no_grad()
+def ignores_padding(model: nn.Module, attention_mask: Tensor, as_given: Tensor) -> bool:
+    """Whether two padding tokens in front, told by the mask `as_given`, leave the last output alone."""
+    ids = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None]
+    positions = position_arguments(model, attention_mask)
+    with evaluating(model), torch.autocast(ids.device.type, enabled=False):
+        alone = model(input_ids=ids[:, 2:], use_cache=False)[0][:, -1]
+        try:
+            padded = model(input_ids=ids, attention_mask=as_given, use_cache=False, **positions)[0][:, -1]
+        except (RuntimeError, ValueError, TypeError, IndexError):  # a mask of a shape that the model cannot read
+            return False
+    rounding = 1e-3 if torch.finfo(alone.dtype).bits >= 32 else 0.1
+    return torch.allclose(padded, alone, rtol=0, atol=rounding * float(alone[alone.isfinite()].std()))
+
+
+def takes_ready_masks(model: nn.Module) -> bool:
+    """Whether a bool mask (B, 1, Q, K), True where query may see key, can stand for the mask of tokens."""
+    return padding_route(model) == "ready"
 
 
 def ready_mask(attention_mask: Tensor, length: int | None = None) -> Tensor:
@@ -79,22 +144,71 @@ def ready_mask(attention_mask: Tensor, length: int | None = None) -> Tensor:
 def mask_arguments(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
     """Mask and positions for one pass over whole texts (B, L).
 
-    A model that makes the mask itself looks whether anything is padded; on a GPU the host would wait for that.
+    A model that makes the mask itself looks whether anything is padded; on a GPU the host would wait for that. Texts
+    that had to be packed stand as the model itself would count them, so it is told no positions.
     """
-    model = getattr(model, "module", model)  # what data parallelism wraps
+    if padding_route(model) == "packed":
+        return {"attention_mask": attention_mask}
     ready = attention_mask.device.type == "cuda" and takes_ready_masks(model)
     mask = ready_mask(attention_mask) if ready else attention_mask
     return {"attention_mask": mask} | position_arguments(model, attention_mask)
 
 
+def trunk_of(model: nn.Module) -> nn.Module:
+    """The part whose last state the head reads: below every head, and below what reads other inputs than text.
+
+    It is the innermost model that the words' embedding is in; transformers' `base_model` may be further out, or nothing.
+    """
+    from transformers import PreTrainedModel
+
+    trunk, inner = None, getattr(model, "base_model", model)
+    while inner is not None:
+        trunk, parts = inner, [child for child in inner.children() if isinstance(child, PreTrainedModel)]
+        inner = next((part for part in parts if model.get_input_embeddings() in [*part.modules()]), None)
+    return trunk
+
+
+def one_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, keep: int = 0) -> Pass:
+    """Logits and hidden states of the last K = keep positions, or of all (0), of texts (B, L) padded on either side.
+
+    model: with a head, or the trunk alone. Without a gradient to compute it is read in evaluation mode.
+    """
+    own = getattr(model, "module", model)  # what data parallelism wraps
+    packed = padding_route(own) == "packed"
+    if packed:
+        order = attention_mask.long().argsort(dim=1, descending=True, stable=True)
+        input_ids, attention_mask = (x.gather(1, order) for x in (input_ids, attention_mask))
+    logits_to_keep = {"logits_to_keep": keep} if takes(type(own), "logits_to_keep") and not packed else {}
+    outputs: list[Any] = []  # the trunk's, then the model's own
+    hook = trunk_of(own).register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    try:
+        with contextlib.nullcontext() if torch.is_grad_enabled() else evaluating(own):
+            arguments = mask_arguments(own, attention_mask) | logits_to_keep
+            outputs.append(model(input_ids=input_ids, use_cache=False, **arguments))
+    finally:
+        hook.remove()
+
+    def kept(x: Tensor | None) -> Tensor | None:
+        if x is not None and packed:
+            x = x.gather(1, order.argsort(dim=1)[..., None].expand_as(x))
+        return None if x is None else x[:, -keep:]
+
+    logits, hidden = getattr(outputs[-1], "logits", None), getattr(outputs[0], "last_hidden_state", None)
+    return Pass(kept(logits), kept(hidden))
+
+
 def causal_lm_logits(lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, logits_to_keep: int = 0) -> Tensor:
     """Logits (B, K, V) of the last K = logits_to_keep positions, or of all (0), of a plain language model."""
-    return lm(
-        input_ids=input_ids,
-        logits_to_keep=logits_to_keep,
-        use_cache=False,
-        **mask_arguments(lm, attention_mask),
-    ).logits
+    return one_pass(lm, input_ids, attention_mask, keep=logits_to_keep).logits
+
+
+def in_full_precision(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """A head's output in float32 at least; a linear one's is computed so, whatever its weights are in."""
+    if not isinstance(layer, nn.Linear):
+        return full_precision(layer(hidden))
+    with torch.autocast(hidden.device.type, enabled=False):
+        weight, bias = full_precision(layer.weight), None if layer.bias is None else full_precision(layer.bias)
+        return nn.functional.linear(full_precision(hidden), weight, bias)
 
 
 class ValueHead(nn.Linear):
@@ -107,9 +221,11 @@ class ValueHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Values (...) of hidden states (..., H)."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            weight, bias = full_precision(self.weight), full_precision(self.bias)
-            return nn.functional.linear(full_precision(hidden), weight, bias).squeeze(-1)
+        return in_full_precision(self, hidden).squeeze(-1)
+
+    def _apply(self, move: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What takes the whole model to 16 bits leaves the head where it is: a critic's steps are smaller than that.
+        return super()._apply(lambda x: x.to(y.device) if torch.finfo((y := move(x)).dtype).bits < 32 else y, recurse)
 
 
 class CausalLMWithValueHead(nn.Module):
@@ -127,12 +243,13 @@ class CausalLMWithValueHead(nn.Module):
         super().__init__()
         if critic not in ("shared", "separate"):
             raise ValueError(f'critic must be "shared" or "separate"; got {critic!r}')
-        if lm.get_output_embeddings() is None:
+        head = lm.get_output_embeddings()
+        if getattr(head, "weight", None) is None:
             raise ValueError(f"lm must have a language-model head; {type(lm).__name__} has none")
         self.lm = lm
-        self.critic = copy.deepcopy(lm.base_model) if critic == "separate" else None
-        self.value_head = ValueHead(lm.config.get_text_config().hidden_size)
-        self.value_head.to(dtype=next(lm.parameters()).dtype)
+        self.critic = copy.deepcopy(trunk_of(lm)) if critic == "separate" else None
+        self.value_head = ValueHead(head.weight.shape[-1])  # as wide as what the head reads, not always hidden_size
+        self.value_head.to(lm.dtype)
 
     @property
     def config(self) -> "PretrainedConfig":
@@ -144,18 +261,15 @@ class CausalLMWithValueHead(nn.Module):
 
         input_ids, attention_mask: (B, L), padded on either side.
         """
-        inputs = self._inputs(input_ids, attention_mask)
-        output = self.lm(**inputs, logits_to_keep=logits_to_keep, output_hidden_states=self.critic is None)
-        hidden = output.hidden_states[-1] if self.critic is None else self.critic(**inputs).last_hidden_state
-        return LogitsAndValues(output.logits, self.value_head(hidden[:, -logits_to_keep:]))
+        logits, hidden = one_pass(self.lm, input_ids, attention_mask, keep=logits_to_keep)
+        if self.critic is not None:
+            hidden = one_pass(self.critic, input_ids, attention_mask, keep=logits_to_keep).hidden
+        return LogitsAndValues(logits, self.value_head(hidden))
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, *, keep: int = 0) -> Tensor:
         """The values alone, (B, K) of the last K = keep positions, or of all (0): no logits are computed for them."""
-        trunk = self.lm.base_model if self.critic is None else self.critic
-        return self.value_head(trunk(**self._inputs(input_ids, attention_mask)).last_hidden_state[:, -keep:])
-
-    def _inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict:
-        return dict(input_ids=input_ids, use_cache=False) | mask_arguments(self.lm, attention_mask)
+        trunk = trunk_of(self.lm) if self.critic is None else self.critic
+        return self.value_head(one_pass(trunk, input_ids, attention_mask, keep=keep).hidden)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the policy as a plain Hugging Face checkpoint, the value head and a separate critic beside it."""
@@ -220,17 +334,12 @@ class RewardModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (B,) of texts (B, L), padded on either side."""
-        trunk = self.classifier.base_model
-        hidden = trunk(
-            input_ids=input_ids,
-            use_cache=False,
-            **mask_arguments(trunk, attention_mask),
-        ).last_hidden_state
+        hidden = one_pass(trunk_of(self.classifier), input_ids, attention_mask).hidden
         # By the mask and not, as the classifier itself would, by the padding's id: a policy can sample that token too.
         steps = torch.arange(hidden.shape[1], device=hidden.device)
         last = torch.where(attention_mask.bool(), steps, 0).amax(dim=1)
-        output = self.classifier.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
-        return (full_precision(output.squeeze(-1)) - self.config.reward_mean) / self.config.reward_std
+        output = in_full_precision(self.classifier.score, hidden[torch.arange(len(hidden), device=hidden.device), last])
+        return (output.squeeze(-1) - self.config.reward_mean) / self.config.reward_std
 
     def normalize(self, scores: Tensor) -> None:
         """Make `scores`, given by this model, have mean 0 and standard deviation 1 from now on. scores: (N,)."""
@@ -253,14 +362,16 @@ class RewardModel(nn.Module):
         w is drawn from `seed` with standard deviation 1/√(H+1), so that first scores are of size 1.
         Source: Stiennon et al. 2020, released code.
         """
-        from transformers import AutoModelForSequenceClassification
+        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 
         lm = lm if isinstance(lm, nn.Module) else load_causal_lm(lm)
         config = copy.deepcopy(lm.config)
         config.num_labels, config.pad_token_id = 1, pad_token_id
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise ValueError(f"lm must be of a family with a sequence classifier; got {type(lm).__name__}")
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
             classifier = AutoModelForSequenceClassification.from_config(config, dtype=lm.dtype)
-        classifier.base_model.load_state_dict(lm.base_model.state_dict())
+        trunk_of(classifier).load_state_dict(trunk_of(lm).state_dict())
         model = cls(without_dropout(classifier).eval())
         head = classifier.score
         generator = torch.Generator().manual_seed(seed)
@@ -312,6 +423,17 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def check_source(path: str | Path) -> None:
+    """Raise ValueError for a folder that is not there, which a hub would otherwise be asked for.
+
+    A folder is what is a `Path`, is written as one, or stands below a folder that is there: hub names are a/b or b.
+    """
+    name, opening = str(path), Path(path).parts[:1]
+    written_as_one = name.startswith((".", "~", os.sep)) or len(Path(path).parts) > 2
+    if (isinstance(path, Path) or written_as_one or Path(*opening).is_dir()) and not Path(path).is_dir():
+        raise ValueError(f"it must be a folder that is there; got {name!r}")
+
+
 def read_checkpoint(auto_class: type, path: str | Path, **options: Any) -> Any:
     """`auto_class.from_pretrained`, with what goes wrong said in one line (ValueError).
 
@@ -320,13 +442,14 @@ def read_checkpoint(auto_class: type, path: str | Path, **options: Any) -> Any:
     from transformers import AutoConfig
 
     try:
+        check_source(path)
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(str(path))
+            config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
             for name in ("activation_function", "hidden_act"):
                 if getattr(config, name, None) == "gelu_new":
                     setattr(config, name, "gelu_pytorch_tanh")
             loaded = auto_class.from_pretrained(
-                str(path), config=config, dtype=torch.float32, use_safetensors=True, **options
+                str(path), config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())
@@ -336,13 +459,18 @@ def read_checkpoint(auto_class: type, path: str | Path, **options: Any) -> Any:
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """Switch dropout off for good: with it, the policy that is scored is not the one that sampled."""
+    """Switch dropout and noise off for good: with them, the policy that is scored is not the one that sampled.
+
+    Wherever the rate is read: in a module, or in a configuration when the module is called.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if NOISE.search(type(module).__name__) and hasattr(module, "p"):
             module.p = 0.0
-        for name, rate in vars(module).items():  # some layers keep the rate as a number and drop by a function
-            if name.endswith(("dropout", "layerdrop")) and isinstance(rate, float):
-                setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        for owner in (module, config, getattr(config, "text_config", None)):
+            for name, rate in vars(owner).items() if owner is not None else ():
+                if NOISE.search(name) and isinstance(rate, float):
+                    setattr(owner, name, 0.0)
     return model
 
 
@@ -387,7 +515,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        check_source(path)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # tokenizers has no exception of its own for a file that it cannot read
         raise ValueError(f"cannot load a tokenizer from {str(path)!r}: {' '.join(str(error).split())[:300]}") from error
     check_tokenizer(tokenizer)
@@ -405,3 +534,31 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
         )
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ValueError("tokenizer must not use its EOS token as padding: masking the padding would hide every ending")
+
+
+def check_vocabulary(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise ValueError for a tokenizer with an id that the model, or the one inside it, has no embedding of."""
+    inner = getattr(model, "lm", getattr(model, "classifier", model))
+    largest = max(tokenizer.get_vocab().values())
+    if hasattr(inner, "get_input_embeddings") and largest >= (rows := inner.get_input_embeddings().weight.shape[0]):
+        raise ValueError(f"tokenizer must have ids below {rows}, the rows of {type(inner).__name__}; got {largest}")
+
+
+def bar_unused_ids(lm: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Give ids that the tokenizer has no token of, a padded vocabulary's, the logit −∞, in place.
+
+    In the model's own forward, so that whoever samples from it or scores with it means one distribution.
+    """
+    barred = torch.ones(lm.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+    barred[list(tokenizer.get_vocab().values())] = False
+    known = hasattr(lm, "barred_ids")
+    if known or barred.any():
+        lm.register_buffer("barred_ids", barred.to(lm.device), persistent=False)
+    if barred.any() and not known:
+        lm.register_forward_hook(without_barred_ids)
+
+
+def without_barred_ids(lm: nn.Module, inputs: tuple, output: Any) -> Any:
+    """The forward hook of `bar_unused_ids`."""
+    output.logits = output.logits.masked_fill(lm.barred_ids, -math.inf)
+    return output

@@ -4,25 +4,30 @@ Shapes: B rows, P prompt positions (padded on the left), T response positions (p
 The shift by one (the logits at position t belong to token t+1) stands in this file alone.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lessons.advantages import gae
 from rlhf_lessons.config import PPOConfig, TrainerConfig
+from rlhf_lessons.data import pad
 from rlhf_lessons.generation import Responses, Samples, at_temperature, sample_batch, sample_responses
 from rlhf_lessons.kl import sampled_kl, shaped_rewards
-from rlhf_lessons.masking import masked_whiten
-from rlhf_lessons.models import causal_lm_logits
+from rlhf_lessons.masking import masked_mean, masked_whiten
+from rlhf_lessons.models import bar_unused_ids, causal_lm_logits, check_vocabulary, evaluating
 from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.scoring import Scorer, missing_eos_scores
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = [
-    "Credited", "Rollout", "RolloutBatch", "collect", "collect_rollout", "policy_outputs", "ppo_credit",
-    "reference_logits", "response_values", "sample_responses", "state_values",
+    "Credited", "Rollout", "RolloutBatch", "check_language_model", "collect", "collect_rollout", "policy_outputs",
+    "ppo_credit", "reference_logits", "response_values", "sample_responses", "state_values",
 ]  # fmt: skip
 
 
@@ -117,13 +122,68 @@ def collect(
         temperature=config.temperature, **options,
     )  # fmt: skip
     exact = getattr(sample, "exact", True)
+    log_probs = samples.sampler_log_probs if exact else response_log_probs(lm, samples, config)
+    tolerance = None if exact else getattr(sample, "tolerance", None)
+    if tolerance is not None:
+        distance = float(masked_mean((samples.sampler_log_probs - log_probs).abs(), samples.response_mask))
+        if not distance <= tolerance:
+            raise ValueError(
+                f"sampler's log-probabilities must be within {tolerance} of the policy's own on average; got {distance}"
+            )
     penalty, mode = config.missing_eos_penalty, config.missing_eos_mode
     return Rollout(
         **vars(samples),
-        log_probs=samples.sampler_log_probs if exact else response_log_probs(lm, samples, config),
+        log_probs=log_probs,
         ref_log_probs=response_log_probs(reference, samples, config),
         scores=missing_eos_scores(scorer(samples), samples.ended, penalty=penalty, mode=mode),
     )
+
+
+@torch.no_grad()
+def check_language_model(policy: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise ValueError for a model, with or without a value head, that means one thing and samples or learns another.
+
+    Its ids are checked, and those that the tokenizer lacks barred. Then it samples a few tokens after short prompts and
+    scores them as the loss does: either must give what the model says of each text alone, read once.
+    """
+    lm = getattr(policy, "lm", policy)
+    check_vocabulary(lm, tokenizer)
+    bar_unused_ids(lm, tokenizer)
+    try:
+        errors = reading_errors(policy, tokenizer)
+    except Exception as error:  # each family has its own way to miss an input that is not text
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{type(lm).__name__} must read plain texts, padded or not; got {reason[:300]}") from error
+    for how, error in errors.items():
+        if not error <= (1e-3 if torch.finfo(lm.dtype).bits >= 32 else 0.25):
+            raise ValueError(
+                f"{type(lm).__name__} must give a token the same log-probability {how} as in its text alone; got "
+                f"{error:.2g} more or less"
+            )
+
+
+def reading_errors(policy: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> dict[str, float]:
+    """Largest distances of log-probabilities, sampled and scored in training mode, from those of each text alone."""
+    lm, pad_id = getattr(policy, "lm", policy), tokenizer.pad_token_id
+    words = sorted({*tokenizer.get_vocab().values()} - {pad_id, tokenizer.eos_token_id})
+    prompts = [[words[(row + 3 * i) % len(words)] for i in range(length)] for row, length in enumerate((4, 2, 1))]
+    input_ids, mask = (x.to(lm.device) for x in pad(prompts, pad_id, side="left"))
+    samples = sample_batch(
+        lm, input_ids, mask, max_new_tokens=3, eos_id=words[::2], pad_id=pad_id,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    of = functools.partial(policy_outputs if lm is not policy else reference_logits, policy)
+    with torch.enable_grad():  # without, it would be read in evaluation mode
+        logits = of(samples.tokens, samples.attention_mask, length=samples.responses.shape[1], temperature=1.0)
+    scored = action_log_probs(logits if lm is policy else logits[0], samples.responses)
+    alone = torch.zeros_like(samples.sampler_log_probs)
+    for row, real in enumerate(samples.response_mask):
+        text, length = samples.tokens[row][samples.attention_mask[row]], int(real.sum())
+        with evaluating(lm):
+            logits = lm(input_ids=text[None], use_cache=False).logits[0, -length - 1 : -1]
+        alone[row, :length] = action_log_probs(logits, text[-length:])
+    found = {"when it is sampled": samples.sampler_log_probs, "in a padded batch in training mode": scored}
+    return {how: float((x - alone)[samples.response_mask].abs().max()) for how, x in found.items()}
 
 
 def ppo_credit(rollout: Rollout, values: Tensor, *, config: PPOConfig, kl_coef: float) -> RolloutBatch:

@@ -20,17 +20,18 @@ from rlhf_lessons.config import PPOConfig, TrainerConfig, require
 from rlhf_lessons.data import as_record, encode_prompts, pad
 from rlhf_lessons.device import autocast, gather_rows, make_accelerator, share_of
 from rlhf_lessons.fitting import check_finite, fit_language_model, fit_reward_model
-from rlhf_lessons.generation import Responses, draw_uniforms, sample_responses
+from rlhf_lessons.generation import Responses, draw_uniforms, eos_ids, sample_responses
 from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
 from rlhf_lessons.masking import masked_mean
-from rlhf_lessons.models import check_tokenizer, context_of, without_dropout
+from rlhf_lessons.models import check_tokenizer, check_vocabulary, context_of, without_dropout
 from rlhf_lessons.policy_gradient import action_log_probs, entropy
 from rlhf_lessons.ppo import clip_fraction, clipped_policy_loss, clipped_value_loss, explained_variance, ppo_loss
 from rlhf_lessons.rollout import (
     Credited,
     Rollout,
     RolloutBatch,
+    check_language_model,
     collect,
     policy_outputs,
     ppo_credit,
@@ -73,7 +74,7 @@ class Trainer:
     takes the place of `sample_responses`; optimizer: over the policy's parameters, AdamW where none is given;
     scheduler: of that optimizer, stepped once an iteration, `lr_schedule` where none is given.
     Raises ValueError for a config of another method, a reference that shares parameters with the policy, no prompts, a
-    prompt too long for the context, or a precision that the device lacks.
+    prompt too long for the context, a precision that the device lacks, or models that `check_models` refuses.
     """
 
     settings: type[TrainerConfig] = TrainerConfig  # that the method reads
@@ -119,7 +120,17 @@ class Trainer:
         # The same in every process: each draws for the whole batch and takes its rows, so a seed means one batch.
         self.generator = torch.Generator().manual_seed(config.seed)
         self.sampler = sampler or sample_responses
-        self.iteration = 0
+        self.iteration, self.unproven = 0, False
+        self.check_models()
+
+    def check_models(self) -> None:
+        """Raise ValueError for models that cannot learn, lack ids of the tokenizer, or score unlike they sample."""
+        if not any(p.requires_grad for p in self.lm.parameters()):
+            raise ValueError("policy must have parameters to train in its language model; got none")
+        for model in (self.policy, self.reference):
+            check_language_model(model, self.tokenizer)
+        if isinstance(self.scorer, ModelScorer):
+            check_vocabulary(self.scorer.model, self.tokenizer)
 
     def default_optimizer(self, policy: nn.Module) -> torch.optim.Optimizer:
         """AdamW without weight decay, ε = 1e-5."""
@@ -151,6 +162,7 @@ class Trainer:
         started = time.perf_counter()
         self.batch = self.rollout()
         sampled = time.perf_counter()
+        self.unproven = self.iteration == 0
         updates = self.update(self.batch)
         metrics = self.metrics(self.batch, updates)
         metrics |= {"seconds_rollout": sampled - started, "seconds_update": time.perf_counter() - sampled}
@@ -196,7 +208,7 @@ class Trainer:
         rollout = collect(
             self.lm, self.reference, self.scorer, input_ids[own].to(self.device), mask[own].to(self.device),
             config=config, sample=self.sampler, group=group[own].to(self.device), records=records[own],
-            eos_id=self.tokenizer.eos_token_id, pad_id=pad_id, generator=self.generator, uniforms=uniforms[own],
+            eos_id=eos_ids(self.lm, self.tokenizer), pad_id=pad_id, generator=self.generator, uniforms=uniforms[own],
         )  # fmt: skip
         gathered = {
             name: gather_rows(self.accelerator, x, padding=pad_id if name == "tokens" else 0)
@@ -277,6 +289,9 @@ class Trainer:
         report = dict(zip(report, values, strict=True))
         report["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         try:
+            if self.unproven:
+                self.check_first_ratio(report)
+                self.unproven = False
             check_finite({name: report[name] for name in ("loss", "grad_norm")}, f"iteration {self.iteration + 1}")
             target = self.config.target_kl
             stopped = target is not None and not report["approx_kl"] <= EARLY_STOP * target
@@ -285,6 +300,17 @@ class Trainer:
         finally:
             self.optimizer.zero_grad()
         return report, stopped
+
+    def check_first_ratio(self, report: Report) -> None:
+        """Raise ValueError where the ratio is not 1 before the first step: what is scored is not what sampled."""
+        error, half = float(report["ratio_error"]), torch.finfo(self.lm.dtype).bits < 32
+        limit = 5e-2 if half or self.config.precision == "bf16" else 1e-3
+        if error > limit:
+            raise ValueError(
+                f"|ratio - 1| must be at most {limit:g} on average before the first update; got {error:.3g} from "
+                f"{type(self.lm).__name__}: look for dropout or noise in training mode, a cache or masks that the "
+                "sampler takes wrongly, or another temperature"
+            )
 
     def measures(self, batch: Credited) -> dict[str, Tensor]:
         """What a method measures of its own credit, beside what all measure."""

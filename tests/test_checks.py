@@ -1005,7 +1005,7 @@ def test_an_override_does_what_the_planted_line_would_do(fault, runs, monkeypatc
     namespace = dict(function.__globals__)
     exec(textwrap.dedent(inspect.getsource(function)).replace(fault.right, fault.planted), namespace)
     monkeypatch.setattr(function, "__code__", inspect.unwrap(namespace[function.__name__]).__code__)
-    assert without_times(faults.run_toy()) == without_times(runs[fault.name])
+    assert without_times(faults.run_toy(faults.Unguarded)) == without_times(runs[fault.name])
 
 
 def test_a_learner_cannot_spoil_the_runs(runs):

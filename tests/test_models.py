@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -325,8 +326,11 @@ def test_language_model_is_no_reward_model(make_lm, tmp_path):
 
 
 def test_code_that_comes_with_a_checkpoint_is_never_run(make_lm, tmp_path):
-    """No call in the module passes trust_remote_code, and pickled weights are refused."""
-    assert "trust_remote_code" not in inspect.getsource(models)
+    """Every load says so itself, whatever the caller's settings say, and pickled weights are refused."""
+    source = inspect.getsource(models)
+    loads = re.findall(r"\w+\.from_pretrained\(\s*str\(path\)[^)]*\)", source)
+    assert len(loads) == 3 and all("trust_remote_code=False" in load for load in loads)
+    assert source.count("trust_remote_code") == 3
     lm = make_lm()
     lm.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -11,6 +11,7 @@ from sampling import BOS, EOS, IDS, PAD, generator, repeated, teacher_forced
 
 from rlhf_lessons.data import encode_prompt, encode_response, pad
 from rlhf_lessons.generation import sample_tokens
+from rlhf_lessons.models import padding_route
 from rlhf_lessons.rollout import collect_rollout, policy_outputs, reference_logits, sample_responses
 from rlhf_lessons.scoring import missing_eos_scores
 from rlhf_lessons.trainer import PPOConfig
@@ -168,6 +169,7 @@ def test_nothing_follows_eos_and_ended_says_so(make_lm, queries):
 def test_ended_rows_leave_the_cache(make_lm, queries):
     """Each step reads the rows that go on, and no others."""
     lm, sizes = make_lm(), []
+    padding_route(lm)  # tried out once, on a text of its own
     hook = lm.register_forward_pre_hook(
         lambda _, args, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True
     )
@@ -516,10 +518,10 @@ def test_sampler_calls_the_model_with_the_positions_of_real_tokens(queries):
     """Position ids count from the first real token, through the prompt and every step after it."""
     asked = []
 
-    class Model:
+    class Model(torch.nn.Module):
         dtype, config = torch.float32, SimpleNamespace()
 
-        def forward(self, input_ids, position_ids):
+        def forward(self, input_ids, position_ids, past_key_values, logits_to_keep):
             raise NotImplementedError
 
         def __call__(self, input_ids, attention_mask, past_key_values, use_cache, logits_to_keep, position_ids):
@@ -531,6 +533,9 @@ def test_sampler_calls_the_model_with_the_positions_of_real_tokens(queries):
 
         def __init__(self, config):
             pass
+
+        def get_seq_length(self):
+            return 4 + len(asked) - 1
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.DynamicCache", Cache)

@@ -181,6 +181,7 @@ def test_a_ready_mask_gives_what_the_models_own_gives(architecture, side, make_p
     if side == "right":
         tokens, mask = tokens.flip(1), mask.flip(1)
     logits, values = policy(tokens, mask)
+    policy.values(tokens, mask)  # how either reads padding is tried out when it first reads, and looked at
     monkeypatch.setattr(
         models,
         "mask_arguments",

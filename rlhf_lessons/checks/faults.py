@@ -25,8 +25,11 @@ from rlhf_lessons.scoring import Scorer
 from rlhf_lessons.trainer import PPOConfig, PPOTrainer, Report, Trainer
 
 EOS = 1
-TOKENIZER = SimpleNamespace(bos_token_id=None, eos_token_id=EOS, pad_token_id=0)  # all that a trainer asks of it
 SENTIMENT = torch.tensor([0.0, 0.0, 1.0, 0.5, -0.5, -1.0])  # of each token
+TOKENIZER = SimpleNamespace(  # all that a trainer asks of it
+    bos_token_id=None, eos_token_id=EOS, pad_token_id=0,
+    get_vocab=lambda: {str(token): token for token in range(len(SENTIMENT))},
+)  # fmt: skip
 CONFIG = PPOConfig(
     num_iterations=24, batch_size=96, minibatch_size=96, max_new_tokens=10, learning_rate=1e-2, lr_schedule="constant",
     kl_coef=0.4, ent_coef=0.6, vf_coef=0.5, missing_eos_penalty=0.0, device="cpu", seed=7,
@@ -51,6 +54,11 @@ class ScoreLost(PPOTrainer):
 def sample_cold(lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Responses:
     """The trainer's sampler, which does not heed its temperature."""
     return sample_responses(lm, input_ids, attention_mask, **options | {"temperature": 0.7})
+
+
+class Unguarded(PPOTrainer):
+    def check_first_ratio(self, report: Report) -> None:
+        """Say nothing: the run is to show its fault in the metrics."""
 
 
 class CriticNotTrained(PPOTrainer):
@@ -102,7 +110,7 @@ FAULTS = {
             collect,
             "temperature=config.temperature, **options,",
             "temperature=0.7, **options,",
-            functools.partial(PPOTrainer, sampler=sample_cold),
+            functools.partial(Unguarded, sampler=sample_cold),
         ),
         Fault(
             "critic_not_trained",
