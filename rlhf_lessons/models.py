@@ -56,7 +56,7 @@ class Pass(NamedTuple):
 def context_of(model: nn.Module) -> float:
     """The longest text that a model reads, in tokens; infinite where it has no limit."""
     config = model.config.get_text_config()
-    return next(filter(None, (getattr(config, name, None) for name in CONTEXT_NAMES)), math.inf)
+    return next((limit for name in CONTEXT_NAMES if (limit := getattr(config, name, None) or 0) > 0), math.inf)
 
 
 @functools.cache
@@ -157,7 +157,7 @@ def mask_arguments(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor
 def trunk_of(model: nn.Module) -> nn.Module:
     """The part whose last state the head reads: below every head, and below what reads other inputs than text.
 
-    It is the innermost model that the words' embedding is in; transformers' `base_model` may be further out, or nothing.
+    It is the innermost model that the words' embedding is in; transformers' `base_model` may be further out.
     """
     from transformers import PreTrainedModel
 
@@ -371,8 +371,8 @@ class RewardModel(nn.Module):
             raise ValueError(f"lm must be of a family with a sequence classifier; got {type(lm).__name__}")
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
             classifier = AutoModelForSequenceClassification.from_config(config, dtype=lm.dtype)
-        trunk_of(classifier).load_state_dict(trunk_of(lm).state_dict())
         model = cls(without_dropout(classifier).eval())
+        trunk_of(classifier).load_state_dict(trunk_of(lm).state_dict())
         head = classifier.score
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1), generator=generator)
@@ -397,10 +397,12 @@ def load_causal_lm(path: str | Path) -> nn.Module:
     Raises ValueError when nothing is found there, or what is found has no language-model head.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
     lm, report = read_checkpoint(AutoModelForCausalLM, path, output_loading_info=True)
     made_for = " ".join(lm.config.architectures or [])
-    if report["missing_keys"] or (made_for and "CausalLM" not in made_for and "LMHead" not in made_for):
+    has_head = not made_for or "CausalLM" in made_for or "LMHead" in made_for or made_for in FAMILIES.values()
+    if report["missing_keys"] or not has_head:
         raise ValueError(
             f"{path} must hold a model with a language-model head; got one saved from {made_for or 'another model'}"
         )

@@ -23,5 +23,5 @@ def teacher_forced(lm, prompt, response, temperature=1.0):
     The token at index i is predicted by the output at index i − 1.
     """
     ids = prompt + response
-    log_probs = torch.log_softmax(lm(torch.tensor([ids])).logits[0].double() / temperature, dim=-1)
+    log_probs = torch.log_softmax(lm(torch.tensor([ids]), use_cache=False).logits[0].double() / temperature, dim=-1)
     return [log_probs[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))]

@@ -8,6 +8,8 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,6 +17,7 @@ from transformers import (
     BertConfig,
     BertModel,
     GPT2Model,
+    PreTrainedTokenizerFast,
 )
 
 from rlhf_lessons import models
@@ -168,6 +171,119 @@ def test_dropout_is_off_also_where_a_module_keeps_its_rate_as_a_number():
     assert torch.equal(causal_lm_logits(lm, tokens, mask), causal_lm_logits(lm, tokens, mask))
 
 
+@pytest.mark.detail(6)
+def test_noise_is_off_wherever_its_rate_is_read(make_lm):
+    """In a module under any name, in a Dropout of one's own, and in a configuration read at every call."""
+
+    class LockedDropout(torch.nn.Module):
+        p = 0.3
+
+    class Router(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config, self.input_jitter, self.embd_pdrop, self.capacity = config, 0.1, 0.2, 1.25
+
+    lm = make_lm()
+    lm.router, lm.locked = Router(lm.config), LockedDropout()
+    lm.config.router_jitter_noise = 0.01
+    models.without_dropout(lm)
+    assert (lm.router.input_jitter, lm.router.embd_pdrop, lm.router.capacity) == (0.0, 0.0, 1.25)
+    assert lm.locked.p == lm.config.router_jitter_noise == 0.0
+
+
+def test_evaluation_mode_is_for_a_while_and_each_module_s_mode_comes_back(make_lm):
+    lm = make_lm().train()
+    lm.transformer.h[0].eval()
+    before = [module.training for module in lm.modules()]
+    with pytest.raises(KeyError), models.evaluating(lm):
+        assert not any(module.training for module in lm.modules())
+        raise KeyError
+    assert [module.training for module in lm.modules()] == before and len({*before}) == 2
+
+
+# --- Precision, ids and lengths -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_models_in_16_bits_keep_their_heads_values_and_scores_in_float32(dtype, critic, make_policy, make_reward_model):
+    tokens, mask = pad(ROWS, PAD, side="left")
+    exact, scorer = make_policy(critic=critic, head=1.0), make_reward_model()
+    values, scores = exact(tokens, mask).values, scorer(tokens, mask)
+    weight = exact.value_head.weight.clone()
+    policy = exact.to(dtype)
+    assert policy.value_head.weight.dtype == torch.float32 and torch.equal(policy.value_head.weight, weight)
+    halved = policy(tokens, mask)
+    assert halved.logits.dtype == dtype and halved.values.dtype == torch.float32
+    torch.testing.assert_close(halved.values[mask], values[mask], atol=0.3, rtol=0.1)
+    score = scorer.to(dtype)(tokens, mask)
+    assert score.dtype == torch.float32 and (score - scores).abs().max() < 0.2
+    assert not torch.equal(score, score.to(dtype).float()), "not rounded to 16 bits at the end either"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "limit"),
+    [
+        ("gpt2", dict(n_positions=48), 48),
+        ("llama", dict(max_position_embeddings=33), 33),
+        ("mpt", dict(max_seq_len=21), 21),
+        ("rwkv", dict(context_length=17), 17),
+        ("bloom", {}, math.inf),
+        ("xlnet", {}, math.inf),  # which says -1
+    ],
+)
+def test_context_is_found_by_whatever_name_it_has(kind, settings, limit):
+    class Model(torch.nn.Module):
+        config = AutoConfig.for_model(kind, **settings)
+
+    assert models.context_of(Model()) == limit
+
+
+def test_a_tokenizer_with_ids_beyond_a_model_s_embedding_is_refused(make_lm, make_policy, make_reward_model, tokenizer):
+    """Its largest id counts, not how many it has."""
+    holes = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<eos>": 2, "z": 9}, unk_token="z")), pad_token="<pad>"
+    )
+    for model in (make_lm(), make_policy(), make_reward_model()):
+        models.check_vocabulary(model, tokenizer)
+        with pytest.raises(ValueError, match="tokenizer must have ids below 8, the rows of GPT2.*; got 9"):
+            models.check_vocabulary(model, holes)
+
+
+def test_ids_without_a_token_are_barred_and_others_left_alone(make_lm, tokenizer):
+    tokens, mask = pad(ROWS, PAD, side="left")
+    lm = make_lm(vocab_size=11)
+    before = causal_lm_logits(lm, tokens, mask)
+    for _ in range(2):
+        models.bar_unused_ids(lm, tokenizer)
+    after = causal_lm_logits(lm, tokens, mask)
+    assert torch.equal(after[..., :8], before[..., :8]) and (after[..., 8:] == -math.inf).all()
+    assert len(lm._forward_hooks) == 1 and "barred_ids" not in lm.state_dict()
+    full = make_lm()
+    models.bar_unused_ids(full, tokenizer)
+    assert not full._forward_hooks
+
+
+def test_the_last_state_is_what_the_head_reads_where_it_is_narrower(make_config):
+    """OPT-350m's is projected down after its layers, and its head skips the trunk's own forward."""
+    lm = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "opt", vocab_size=8, hidden_size=32, word_embed_proj_dim=12, num_hidden_layers=2, num_attention_heads=2
+        )
+    ).eval()
+    read = []
+    lm.lm_head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    tokens, mask = pad(ROWS, PAD, side="left")
+    for critic in ("shared", "separate"):
+        policy = CausalLMWithValueHead(lm, critic=critic)
+        torch.nn.init.normal_(policy.value_head.weight)
+        read.clear()
+        values = policy(tokens, mask).values
+        expected = (read[-1] @ policy.value_head.weight[0])[mask]
+        torch.testing.assert_close(values[mask], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(policy.values(tokens, mask)[mask], expected, atol=1e-5, rtol=1e-5)
+
+
 # --- Saving and loading a policy ------------------------------------------------------------------
 
 
@@ -232,6 +348,17 @@ def test_missing_folder_is_named(tmp_path):
         load_reward_model(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="cannot load a tokenizer from .*nowhere"):
         models.load_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_folder_that_is_not_there_is_not_asked_of_a_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("./policy", "runs/policy", "a/b/policy", str(tmp_path / "policy"), tmp_path / "policy"):
+        for load in (models.load_causal_lm, models.load_tokenizer):
+            with pytest.raises(ValueError, match="cannot load a .*: it must be a folder that is there; got"):
+                load(path)
+    models.check_source("someone/policy")
+    models.check_source("gpt2")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x10\0\0\0\0\0\0\0{broken"])

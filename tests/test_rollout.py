@@ -1,5 +1,6 @@
 """From prompts to a batch: what is sampled is what is scored, and each number stands at its token."""
 
+import contextlib
 import math
 from dataclasses import replace
 from itertools import product
@@ -10,7 +11,7 @@ import torch
 from sampling import BOS, EOS, IDS, PAD, generator, repeated, teacher_forced
 
 from rlhf_lessons.data import encode_prompt, encode_response, pad
-from rlhf_lessons.generation import sample_tokens
+from rlhf_lessons.generation import Sampler, eos_ids, respond, sample_tokens
 from rlhf_lessons.models import padding_route
 from rlhf_lessons.rollout import collect_rollout, policy_outputs, reference_logits, sample_responses
 from rlhf_lessons.scoring import missing_eos_scores
@@ -215,6 +216,148 @@ def test_sampling_stops_when_every_row_has_ended(make_lm):
     tokens = torch.full((4, 2), 5)
     responses = sample_responses(lm, tokens, torch.ones_like(tokens).bool(), max_new_tokens=10, **IDS)
     assert responses.tokens.tolist() == [[EOS]] * 4 and responses.ended.all()
+
+
+@pytest.mark.detail(7)
+def test_gradient_checkpointing_in_training_mode_changes_no_log_probability(architecture, make_lm, queries):
+    """In that mode Hugging Face keeps no cache: each token would be read without those before it."""
+    lm, options = make_lm(architecture), dict(max_new_tokens=6, **IDS)
+    expected = sample_responses(lm, *queries, generator=generator(3), **options)
+    lm.gradient_checkpointing_enable()
+    lm.train()
+    found = sample_responses(lm, *queries, generator=generator(3), **options)
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.log_probs, expected.log_probs)
+    assert lm.training
+
+
+def test_a_response_ends_at_whatever_end_the_model_names(make_lm, make_policy, make_trainer, tokenizer):
+    """A tokenizer has one EOS; a chat model's generation settings may name several."""
+    lm = make_lm()
+    for named, ids in ((None, [EOS]), (EOS, [EOS]), (5, [EOS, 5]), ([5, EOS, 7], [EOS, 5, 7])):
+        lm.generation_config.eos_token_id = named
+        assert eos_ids(lm, tokenizer) == ids
+    policy = make_policy()
+    policy.lm.generation_config.eos_token_id = [EOS, 5, 7]
+    batch = make_trainer(policy).rollout()
+    ends = torch.isin(batch.responses, torch.tensor([EOS, 5, 7])) & batch.response_mask
+    assert torch.equal(ends.any(dim=1), batch.ended) and (ends.sum(dim=1) <= 1).all()
+    assert (batch.responses[ends] != EOS).any()
+    policy.lm.generation_config.eos_token_id = list(range(8))
+    assert all(len(text.split()) <= 1 for text in respond(policy.lm, tokenizer, ["film"] * 20))
+
+
+def test_ids_without_a_token_are_neither_sampled_nor_scored(make_policy, make_lm, make_trainer, tokenizer):
+    """The distribution is over the tokens there are, in policy and reference; texts can be decoded."""
+    policy, reference = make_policy(vocab_size=40), make_lm(vocab_size=48, seed=1)
+    trainer = make_trainer(policy, reference)
+    batch = trainer.rollout()
+    assert batch.tokens.max() < 8 and len(trainer.texts(batch)[1]) == 16
+    for row, (prompt, response) in enumerate(unpadded(batch)):
+        for name, lm in (("log_probs", policy.lm), ("ref_log_probs", reference)):
+            logits = lm(torch.tensor([prompt + response])).logits[0, :, :8].double().log_softmax(-1)
+            expected = [logits[len(prompt) + t - 1, token].item() for t, token in enumerate(response)]
+            found = getattr(batch, name)[row][batch.response_mask[row]].tolist()
+            assert found == pytest.approx(expected, abs=1e-5)
+    assert respond(make_lm(vocab_size=40), tokenizer, ["film"] * 40, max_new_tokens=8)
+
+
+class Inexact(Sampler):
+    exact = False
+
+    def __init__(self, shift, tolerance):
+        self.shift, self.tolerance = shift, tolerance
+
+    def __call__(self, *arguments, **options):
+        responses = sample_responses(*arguments, **options)
+        return replace(responses, log_probs=responses.log_probs + self.shift * responses.mask)
+
+
+def test_an_inexact_sampler_s_log_probs_are_held_to_its_tolerance(make_policy, make_lm, queries):
+    def roll(shift, tolerance):
+        score, options = no_score, dict(config=settings(), kl_coef=0.0, generator=generator(), **IDS)
+        sampler = Inexact(shift, tolerance)
+        return collect_rollout(make_policy(), make_lm(seed=1), score, *queries, sample=sampler, **options)
+
+    for shift, tolerance in ((0.5, None), (0.5, 0.51), (-0.04, 0.05)):
+        batch = roll(shift, tolerance)
+        assert (batch.sampler_log_probs - batch.log_probs)[batch.response_mask].mean().item() == pytest.approx(
+            shift, abs=1e-4
+        )
+    with pytest.raises(
+        ValueError, match="log-probabilities must be within 0.1 of the policy's own on average; got 0.5"
+    ):
+        roll(-0.5, 0.1)
+    with pytest.raises(ValueError, match="got nan"):
+        roll(float("nan"), 0.1)
+
+
+def test_a_ratio_that_is_not_one_stops_the_first_update(make_trainer, make_policy):
+    """Before any step; later iterations are not asked, nor a trainer that overrides the guard."""
+
+    def cold(*arguments, temperature, **options):
+        return sample_responses(*arguments, temperature=0.9 * temperature, **options)
+
+    def made():
+        trainer = make_trainer(make_policy())
+        trainer.sampler = cold
+        return trainer, [p.detach().clone() for p in trainer.policy.parameters()]
+
+    trainer, before = made()
+    with pytest.raises(
+        ValueError, match=r"ratio - 1\| must be at most 0.001 on average .* from GPT2LMHeadModel: look for"
+    ):
+        trainer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.parameters(), strict=True))
+    trainer, _ = made()
+    trainer.iteration = 1
+    assert trainer.step()["first_ratio_error"] > 1e-3
+    trainer, _ = made()
+    trainer.check_first_ratio = lambda report: None
+    assert trainer.step()["first_ratio_error"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("error", "settings", "dtype", "passes"),
+    [
+        (9e-4, {}, torch.float32, True),
+        (2e-3, {}, torch.float32, False),
+        (4e-2, dict(precision="bf16"), torch.float32, True),
+        (4e-2, {}, torch.bfloat16, True),
+        (6e-2, {}, torch.bfloat16, False),
+    ],
+)
+def test_how_far_from_one_a_ratio_may_be_depends_on_the_precision(error, settings, dtype, passes, make_trainer):
+    trainer = make_trainer(**settings)
+    trainer.policy.to(dtype)
+    with contextlib.nullcontext() if passes else pytest.raises(ValueError, match="before the first update"):
+        trainer.check_first_ratio({"ratio_error": torch.tensor(error)})
+
+
+def test_a_policy_in_16_bits_trains(make_trainer, make_policy, make_lm, make_reward_model):
+    models = (make_policy(head=0.1), make_lm(seed=1), make_reward_model())
+    metrics = make_trainer(*(model.to(torch.bfloat16) for model in models)).step()
+    assert metrics["first_ratio_error"] < 5e-2 and math.isfinite(metrics["loss"])
+
+
+def test_models_that_cannot_learn_or_read_are_refused_when_the_trainer_is_made(
+    make_trainer, make_policy, make_lm, make_reward_model, make_tokenizer
+):
+    frozen = make_policy()
+    frozen.lm.requires_grad_(False)
+    with pytest.raises(ValueError, match="policy must have parameters to train in its language model; got none"):
+        make_trainer(frozen)
+    small = dict(vocab_size=7)
+    for parts in ((make_policy(**small),), (None, make_lm(**small)), (None, None, make_reward_model(**small))):
+        with pytest.raises(ValueError, match="tokenizer must have ids below 7, the rows of GPT2.*; got 7"):
+            make_trainer(*parts)
+    noisy = make_policy()
+    noisy.lm.transformer.drop.forward = lambda x: torch.nn.functional.dropout(
+        x, 0.5, noisy.lm.transformer.drop.training
+    )
+    with pytest.raises(
+        ValueError, match="same log-probability in a padded batch in training mode as in its text alone"
+    ):
+        make_trainer(noisy)
 
 
 def test_right_padded_prompts_are_refused(make_lm):
