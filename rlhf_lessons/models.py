@@ -36,7 +36,7 @@ CONTEXT_NAMES = (
 )  # fmt: skip
 NOISE = re.compile("drop|jitter", re.IGNORECASE)  # in the names of what is only added in training
 
-_padding_routes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+_padding_routes: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
 
 class LogitsAndValues(NamedTuple):
@@ -97,17 +97,16 @@ def padding_route(model: nn.Module) -> str:
 
     if not isinstance(model, PreTrainedModel):
         return "mask"
-    if model not in _padding_routes:
-        # Only PyTorch's own attention takes a bool mask, and one mask serves only layers that all see the same.
-        same = getattr(model.config, "_attn_implementation", None) == "sdpa" and takes(type(model), "position_ids")
-        same = same and all(
-            type(layer) is StaticLayer for layer in StaticCache(config=model.config, max_cache_len=1).layers
-        )
+    routes, attention = _padding_routes.setdefault(model, {}), getattr(model.config, "_attn_implementation", None)
+    if attention not in routes:
         mask = torch.tensor([[0, 0, 1, 1, 1]], device=model.device)
-        tries = {"ready": ready_mask(mask)} if same else {}
-        tries["mask"] = mask
-        _padding_routes[model] = next((way for way, of in tries.items() if ignores_padding(model, mask, of)), "packed")
-    return _padding_routes[model]
+        ways = {"ready": ready_mask(mask), "mask": mask}
+        # Only PyTorch's own attention takes a bool mask, and one mask serves only layers that all see the same.
+        layers = StaticCache(config=model.config, max_cache_len=1).layers if attention == "sdpa" else [None]
+        if not takes(type(model), "position_ids") or {*map(type, layers)} != {StaticLayer}:
+            del ways["ready"]
+        routes[attention] = next((way for way, told in ways.items() if ignores_padding(model, mask, told)), "packed")
+    return routes[attention]
 
 
 @torch.no_grad()
