@@ -343,6 +343,8 @@ class RewardModel(nn.Module):
     def normalize(self, scores: Tensor) -> None:
         """Make `scores`, given by this model, have mean 0 and standard deviation 1 from now on. scores: (N,)."""
         scores = full_precision(scores)
+        if not scores.isfinite().all():
+            raise ValueError("scores must be finite numbers to normalise by; got NaN or infinity")
         if scores.numel() < 2 or not scores.var(correction=0) > rounding_variance(scores.square().mean()):
             raise ValueError("scores must hold at least two different values to normalise by; got equal ones")
         old_std = self.config.reward_std

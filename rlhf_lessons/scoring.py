@@ -135,10 +135,10 @@ def score_texts(
 def preference_accuracy(
     reward_model: nn.Module, preferences: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase"
 ) -> float:
-    """Share of the pairs in which the chosen text scores higher than the rejected one."""
+    """Share of the pairs in which the chosen text scores higher than the rejected one; equal scores count a half."""
     prompts = [pair["prompt"] for pair in preferences]
     chosen, rejected = (
         score_texts(reward_model, tokenizer, prompts, [pair[side] for pair in preferences])
         for side in ("chosen", "rejected")
     )
-    return float((chosen > rejected).float().mean())
+    return float(((chosen - rejected).sign() + 1).mean() / 2)

@@ -100,3 +100,12 @@ def test_nothing_to_score_is_refused(make_reward_model, tokenizer):
         score_texts(make_reward_model(), tokenizer, [], [])
     with pytest.raises(ValueError, match="prompts must hold at least one prompt; got none"):
         preference_accuracy(make_reward_model(), [], tokenizer)
+
+
+def test_equal_scores_are_right_half_the_time(make_reward_model, tokenizer):
+    equal, model = {"prompt": "film", "chosen": "good .", "rejected": "good ."}, make_reward_model()
+    assert preference_accuracy(model, [equal] * 3, tokenizer) == 0.5
+    apart = {"prompt": "film", "chosen": "good .", "rejected": "bad bad ."}
+    turned = apart | {"chosen": apart["rejected"], "rejected": apart["chosen"]}
+    assert preference_accuracy(model, [apart, turned, equal], tokenizer) == 0.5
+    assert {preference_accuracy(model, [pair], tokenizer) for pair in (apart, turned)} == {0, 1}
