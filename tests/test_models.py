@@ -201,6 +201,15 @@ def test_evaluation_mode_is_for_a_while_and_each_module_s_mode_comes_back(make_l
     assert [module.training for module in lm.modules()] == before and len({*before}) == 2
 
 
+@torch.no_grad()
+def test_what_needs_no_gradient_is_read_in_evaluation_mode(make_policy, make_reward_model):
+    tokens, mask = pad(ROWS * 20, PAD, side="left")
+    for model in (make_policy(head=1.0, dropout=0.3), make_reward_model(dropout=0.3)):
+        expected = model.eval()(tokens, mask)
+        found = model.train()(tokens, mask)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and model.training
+
+
 # --- Precision, ids and lengths -------------------------------------------------------------------
 
 
