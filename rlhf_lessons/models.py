@@ -112,7 +112,8 @@ def padding_route(model: nn.Module) -> str:
 @torch.no_grad()
 def ignores_padding(model: nn.Module, attention_mask: Tensor, as_given: Tensor) -> bool:
     """Whether two padding tokens in front, told by the mask `as_given`, leave the last output alone."""
-    ids = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None]
+    embedding = model.get_input_embeddings()
+    ids = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None] % len(embedding.weight)
     positions = position_arguments(model, attention_mask)
     with evaluating(model), torch.autocast(ids.device.type, enabled=False):
         alone = model(input_ids=ids[:, 2:], use_cache=False)[0][:, -1]

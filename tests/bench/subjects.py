@@ -199,6 +199,7 @@ def ppo_flops(channel: Channel, shape: Shape, work: Work, *, critic: str = "shar
 
     trainer = trainer_for(shape, work, critic)
     trainer.sampler = sample_responses  # the same operations, none of them hidden in a graph
+    trainer.rollout()  # each model is tried out when it first reads padding, which is not counted
 
     if channel.wait():
         with FlopCounterMode(display=False) as counter:
