@@ -59,9 +59,17 @@ as Hugging Face checkpoints. What a stopped run has written can be read; only a 
 
 SOURCES = {  # option -> its type, how its value is called, what it is
     "corpus": (Path, "FILE", "text to learn to write from, one document a line; a base model is trained on it"),
-    "preferences": (Path, "FILE", "JSON lines with prompt, chosen, rejected, to train a reward model on"),
+    "preferences": (
+        Path,
+        "FILE",
+        "JSON lines with prompt, chosen, rejected (or chats) for a reward model to learn from",
+    ),
     "eval_preferences": (Path, "FILE", "the same, held out to measure the reward model on"),
-    "prompts": (Path, "FILE", "what PPO has continued: one prompt a line, or (.jsonl) JSON lines with prompt"),
+    "prompts": (
+        Path,
+        "FILE",
+        "what PPO has continued: one prompt a line, or (.jsonl) JSON lines with prompt (or a chat)",
+    ),
     "model": (str, "MODEL", "language model to start from: a folder or hub name (safetensors)"),
     "reward_model": (str, "MODEL", "reward model that PPO maximises: a folder or hub name (safetensors)"),
     "score": (
