@@ -33,7 +33,6 @@ def run_stage(arguments: argparse.Namespace) -> None:
     if arguments.command == "pretrain":
         made = pipeline.pretrain(found, settings, folder).name
     elif arguments.command == "reward":
-        inputs.check_lengths(found, found.model.tokenizer, found.model.network)
         made = pipeline.fit_reward(found, found.model, settings, folder).name
     else:
         print_summary(folder.path, pipeline.run(found, settings, folder, arguments))

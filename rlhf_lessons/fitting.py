@@ -16,7 +16,7 @@ from rlhf_lessons.masking import masked_mean
 from rlhf_lessons.models import causal_lm_logits, context_of
 from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.preferences import bradley_terry_loss
-from rlhf_lessons.scoring import preference_accuracy, score_texts
+from rlhf_lessons.scoring import preference_accuracy, score_ids, score_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -178,9 +178,8 @@ def fit_reward_model(
         precision=precision,
         on_step=on_step,
     )
-    prompts = [pair["prompt"] for pair in preferences for _ in range(2)]
-    responses = [pair[side] for pair in preferences for side in ("chosen", "rejected")]
-    reward_model.normalize(score_texts(reward_model, tokenizer, prompts, responses))
+    texts = [ids for pair in zip(encoded["chosen"], encoded["rejected"], strict=True) for ids in pair]
+    reward_model.normalize(score_ids(reward_model, texts, pad_id=tokenizer.pad_token_id))
     return losses
 
 

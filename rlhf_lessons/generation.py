@@ -72,9 +72,10 @@ class Samples:
         split = self.prompt_length
         parts = [slice(0, split), slice(split, None)]
         prompts, responses = (real_ids(self.tokens[:, part], self.attention_mask[:, part]) for part in parts)
-        read = decode(tokenizer, self.tokens[:, :split], self.attention_mask[:, :split])
-        given = [record.get("prompt") for record in self.records]
-        shown = [prompt if isinstance(prompt, str) else text for prompt, text in zip(given, read, strict=True)]
+        shown = [record.get("prompt") for record in self.records]
+        if not all(isinstance(prompt, str) for prompt in shown):
+            read = decode(tokenizer, self.tokens[:, :split], self.attention_mask[:, :split])
+            shown = [prompt if isinstance(prompt, str) else text for prompt, text in zip(shown, read, strict=True)]
         return shown, decode_responses(tokenizer, prompts, responses, self.ended)
 
     def minibatches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Self]:

@@ -103,7 +103,6 @@ def missing_eos_scores(scores: Tensor, ended: Tensor, *, penalty: float, mode: s
     return torch.where(ended, scores, penalised)
 
 
-@torch.no_grad()
 def score_texts(
     reward_model: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], responses: Sequence[str],
     *, ended: Sequence[bool] | None = None, sampled: bool = False, batch_size: int = 256,
@@ -116,18 +115,26 @@ def score_texts(
     """
     if not prompts:
         raise ValueError("prompts must hold at least one prompt; got none")
-    device = next(reward_model.parameters()).device
     ends = [True] * len(prompts) if ended is None else ended
     rows = [
         encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response, ended=end, sampled=sampled)
         for prompt, response, end in zip(prompts, responses, ends, strict=True)
     ]
+    return score_ids(reward_model, rows, pad_id=tokenizer.pad_token_id, batch_size=batch_size)
+
+
+@torch.no_grad()
+def score_ids(reward_model: nn.Module, rows: list[list[int]], *, pad_id: int, batch_size: int = 256) -> Tensor:
+    """A reward model's scores (N,) of texts given as token ids, on the CPU.
+
+    Raises ValueError for a text longer than the model's context.
+    """
     longest, context = max(map(len, rows)), context_of(reward_model)
     if longest > context:
         raise ValueError(f"texts must have at most {context} tokens, the reward model's context; got one of {longest}")
-    scores = []
+    device, scores = next(reward_model.parameters()).device, []
     for start in range(0, len(rows), batch_size):
-        tokens, mask = pad(rows[start : start + batch_size], tokenizer.pad_token_id, side="right")
+        tokens, mask = pad(rows[start : start + batch_size], pad_id, side="right")
         scores.append(reward_model(tokens.to(device), mask.to(device)).cpu())
     return torch.cat(scores)
 
