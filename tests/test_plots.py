@@ -1,18 +1,23 @@
 """Figures: what is drawn is the data that came in, in the concept's colour, on labelled axes; bad input is refused."""
 
 import math
+import os
 import struct
+import sys
+import warnings
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import same_color, to_rgb
 from matplotlib.figure import Figure
+from nbclient import NotebookClient
 
 from rlhf_lessons import plots
 from rlhf_lessons.gridworld import GridWorld
@@ -575,3 +580,30 @@ BAD = {
 def test_bad_input_is_refused_by_name(message):
     with pytest.raises(ValueError, match=message):
         BAD[message]()
+
+
+def test_a_notebook_keeps_what_a_figure_shows_beside_it():
+    cell = nbformat.v4.new_code_cell(
+        "import matplotlib.pyplot as plt\nfrom rlhf_lessons import plots\nplt.plot([1, 2])\n"
+        "plots.show('a line that rises')"
+    )
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    with warnings.catch_warnings(action="ignore"):
+        NotebookClient(nbformat.v4.new_notebook(cells=[cell])).execute(env=environment)
+    (output,) = cell.outputs  # one picture, not two
+    assert "image/png" in output.data
+    assert output.metadata["image/png"]["alt"] == "a line that rises"
+
+
+def test_a_script_shows_its_figures_in_a_window(monkeypatch):
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(True))
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    plots.show("a line")
+    assert shown
+
+
+@pytest.mark.parametrize("alt", ["", " ", None])
+def test_a_figure_is_not_shown_without_words(alt):
+    with pytest.raises(ValueError, match="alt must be a sentence"):
+        plots.show(alt)

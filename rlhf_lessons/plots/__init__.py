@@ -25,7 +25,7 @@ from rlhf_lessons.plots.samples import (
     scatter,
     weight_histogram,
 )
-from rlhf_lessons.plots.style import COLORS, save, use_style
+from rlhf_lessons.plots.style import COLORS, save, show, use_style
 
 __all__ = [
     "COLORS",
@@ -48,6 +48,7 @@ __all__ = [
     "reward_against_gold",
     "save",
     "scatter",
+    "show",
     "token_view",
     "training_curves",
     "use_style",

@@ -6,6 +6,7 @@ settings) gets shades of cividis, which rise in lightness.
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -161,6 +162,24 @@ def plain_log_axis(axis: Axis) -> None:
 def cell_text(value: float, digits: int) -> str:
     """A number as `display.number` writes it, with a minus sign in place of the hyphen."""
     return number(value, digits).replace("-", "−")
+
+
+def show(alt: str) -> None:
+    """Show the open figures, each with `alt`: a sentence for who cannot see them, such as "Gold falls as proxy climbs".
+
+    A notebook keeps it beside the picture, where a web page and a screen reader find it. Raises ValueError for an `alt`
+    without a word.
+    """
+    if not isinstance(alt, str) or not alt.strip():
+        raise ValueError(f"alt must be a sentence that says what the figure shows; got {alt!r}")
+    if "ipykernel" not in sys.modules:  # not a notebook
+        plt.show()
+        return
+    from IPython.display import display
+
+    for figure in map(plt.figure, plt.get_fignums()):
+        display(figure, metadata={"image/png": {"alt": alt}})
+    plt.close("all")
 
 
 def save(figure: Figure, path: str | Path) -> Path:
