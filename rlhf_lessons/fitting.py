@@ -11,9 +11,9 @@ from rlhf_lessons import tiny_reviews
 from rlhf_lessons.config import COUNT, POSITIVE
 from rlhf_lessons.data import encode_preferences, encode_prompt, pad
 from rlhf_lessons.device import autocast, make_accelerator
+from rlhf_lessons.forward import causal_lm_logits, context_of
 from rlhf_lessons.generation import respond
 from rlhf_lessons.masking import masked_mean
-from rlhf_lessons.models import causal_lm_logits, context_of
 from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.preferences import bradley_terry_loss
 from rlhf_lessons.scoring import preference_accuracy, score_ids, score_texts

@@ -14,11 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lessons.data import decode, decode_responses, encode_prompts, pad, real_ids
-from rlhf_lessons.masking import full_precision
-from rlhf_lessons.models import (
-    bar_unused_ids,
+from rlhf_lessons.forward import (
     causal_lm_logits,
-    check_vocabulary,
     context_of,
     evaluating,
     padding_route,
@@ -26,6 +23,8 @@ from rlhf_lessons.models import (
     takes,
     takes_ready_masks,
 )
+from rlhf_lessons.masking import full_precision
+from rlhf_lessons.models import bar_unused_ids, check_vocabulary
 from rlhf_lessons.policy_gradient import action_log_probs
 
 if TYPE_CHECKING:

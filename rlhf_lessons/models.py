@@ -1,13 +1,11 @@
 """The models of RLHF as wrappers around Hugging Face ones: a policy with a value head, and a reward model.
 
-The only place that touches transformers' model classes. They are imported inside the functions, since that import takes
-seconds and `--help` should not. Checkpoints are safetensors files; code that comes with a checkpoint is never run.
+Model classes of transformers are touched here and in `forward` alone, and imported inside the functions, since that
+import takes seconds and `--help` should not. Checkpoints are safetensors files; code that comes with one is never run.
 """
 
 import contextlib
 import copy
-import functools
-import inspect
 import json
 import math
 import os
@@ -15,14 +13,26 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf_lessons.masking import full_precision, position_ids, rounding_variance
+from rlhf_lessons.forward import (  # noqa: F401  callers know them from here
+    causal_lm_logits,
+    context_of,
+    evaluating,
+    mask_arguments,
+    one_pass,
+    padding_route,
+    position_arguments,
+    ready_mask,
+    takes,
+    takes_ready_masks,
+    trunk_of,
+)
+from rlhf_lessons.masking import full_precision, rounding_variance
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -30,13 +40,7 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"  # the tiny world's models: base, reward_model, aligned
 VALUE_HEAD_FILE = "value_head.safetensors"  # keys: weight (1, H), bias (1,)
 CRITIC_FOLDER = "critic"  # a separate critic's trunk, itself a Hugging Face checkpoint
-CONTEXT_NAMES = (
-    "max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len", "max_seq_length",
-    "max_sequence_length", "max_target_positions", "context_length",
-)  # fmt: skip
 NOISE = re.compile("drop|jitter", re.IGNORECASE)  # in the names of what is only added in training
-
-_padding_routes: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
 
 class LogitsAndValues(NamedTuple):
@@ -44,162 +48,6 @@ class LogitsAndValues(NamedTuple):
 
     logits: Tensor  # (B, L, V)
     values: Tensor  # (B, L)
-
-
-class Pass(NamedTuple):
-    """What a model says of each kept position of whole texts."""
-
-    logits: Tensor | None  # (B, L, V); None from a trunk, which has no head
-    hidden: Tensor | None  # (B, L, H) the trunk's last state, which the heads read
-
-
-def context_of(model: nn.Module) -> float:
-    """The longest text that a model reads, in tokens; infinite where it has no limit."""
-    config = model.config.get_text_config()
-    return next((limit for name in CONTEXT_NAMES if (limit := getattr(config, name, None) or 0) > 0), math.inf)
-
-
-@functools.cache
-def takes(model_class: type, argument: str) -> bool:
-    """Whether models of this class are called with this argument; looked up once, since sampling asks at every step."""
-    return argument in inspect.signature(model_class.forward).parameters
-
-
-def position_arguments(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
-    """The argument that makes left padding harmless, for models that take it (ALiBi models have no position ids)."""
-    return {"position_ids": position_ids(attention_mask)} if takes(type(model), "position_ids") else {}
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in every module, then the mode that each was in.
-
-    In training mode layers may add noise, and under gradient checkpointing they keep no cache.
-    """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def padding_route(model: nn.Module) -> str:
-    """How a model reads texts padded on the left as it reads them alone; tried out once, on a few tokens.
-
-    "ready": by a mask (`ready_mask`) and positions; "mask": by the mask of tokens and positions, where it takes any;
-    "packed": not at all, so that the padding must go to the right, where nothing causal looks.
-    """
-    from transformers import PreTrainedModel, StaticCache
-    from transformers.cache_utils import StaticLayer
-
-    if not isinstance(model, PreTrainedModel):
-        return "mask"
-    routes, attention = _padding_routes.setdefault(model, {}), getattr(model.config, "_attn_implementation", None)
-    if attention not in routes:
-        mask = torch.tensor([[0, 0, 1, 1, 1]], device=model.device)
-        ways = {"ready": ready_mask(mask), "mask": mask}
-        # Only PyTorch's own attention takes a bool mask, and one mask serves only layers that all see the same.
-        layers = StaticCache(config=model.config, max_cache_len=1).layers if attention == "sdpa" else [None]
-        if not takes(type(model), "position_ids") or {*map(type, layers)} != {StaticLayer}:
-            del ways["ready"]
-        routes[attention] = next((way for way, told in ways.items() if ignores_padding(model, mask, told)), "packed")
-    return routes[attention]
-
-
-@torch.no_grad()
-def ignores_padding(model: nn.Module, attention_mask: Tensor, as_given: Tensor) -> bool:
-    """Whether two padding tokens in front, told by the mask `as_given`, leave the last output alone."""
-    embedding = model.get_input_embeddings()
-    ids = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None] % len(embedding.weight)
-    positions = position_arguments(model, attention_mask)
-    with evaluating(model), torch.autocast(ids.device.type, enabled=False):
-        alone = model(input_ids=ids[:, 2:], use_cache=False)[0][:, -1]
-        try:
-            padded = model(input_ids=ids, attention_mask=as_given, use_cache=False, **positions)[0][:, -1]
-        except (RuntimeError, ValueError, TypeError, IndexError):  # a mask of a shape that the model cannot read
-            return False
-    rounding = 1e-3 if torch.finfo(alone.dtype).bits >= 32 else 0.1
-    return torch.allclose(padded, alone, rtol=0, atol=rounding * float(alone[alone.isfinite()].std()))
-
-
-def takes_ready_masks(model: nn.Module) -> bool:
-    """Whether a bool mask (B, 1, Q, K), True where query may see key, can stand for the mask of tokens."""
-    return padding_route(model) == "ready"
-
-
-def ready_mask(attention_mask: Tensor, length: int | None = None) -> Tensor:
-    """Which of `length` keys (L without it) each query sees: real ones up to its own. (B, L) -> (B, 1, L, length).
-
-    A padded position sees itself, for a row that sees nothing would come out as NaN.
-    """
-    queries = torch.arange(attention_mask.shape[1], device=attention_mask.device)[:, None]
-    keys = torch.arange(length or len(queries), device=attention_mask.device)
-    real = nn.functional.pad(attention_mask.bool(), (0, len(keys) - len(queries)))[:, None, None]
-    return real & (keys <= queries) | (keys == queries)
-
-
-def mask_arguments(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Mask and positions for one pass over whole texts (B, L).
-
-    A model that makes the mask itself looks whether anything is padded; on a GPU the host would wait for that. Texts
-    that had to be packed stand as the model itself would count them, so it is told no positions.
-    """
-    if padding_route(model) == "packed":
-        return {"attention_mask": attention_mask}
-    ready = attention_mask.device.type == "cuda" and takes_ready_masks(model)
-    mask = ready_mask(attention_mask) if ready else attention_mask
-    return {"attention_mask": mask} | position_arguments(model, attention_mask)
-
-
-def trunk_of(model: nn.Module) -> nn.Module:
-    """The part whose last state the head reads: below every head, and below what reads other inputs than text.
-
-    It is the innermost model that the words' embedding is in; transformers' `base_model` may be further out.
-    """
-    from transformers import PreTrainedModel
-
-    trunk, inner = None, getattr(model, "base_model", model)
-    while inner is not None:
-        trunk, parts = inner, [child for child in inner.children() if isinstance(child, PreTrainedModel)]
-        inner = next((part for part in parts if model.get_input_embeddings() in [*part.modules()]), None)
-    return trunk
-
-
-def one_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, keep: int = 0) -> Pass:
-    """Logits and hidden states of the last K = keep positions, or of all (0), of texts (B, L) padded on either side.
-
-    model: with a head, or the trunk alone. Without a gradient to compute it is read in evaluation mode.
-    """
-    own = getattr(model, "module", model)  # what data parallelism wraps
-    packed = padding_route(own) == "packed"
-    if packed:
-        order = attention_mask.long().argsort(dim=1, descending=True, stable=True)
-        input_ids, attention_mask = (x.gather(1, order) for x in (input_ids, attention_mask))
-    logits_to_keep = {"logits_to_keep": keep} if takes(type(own), "logits_to_keep") and not packed else {}
-    outputs: list[Any] = []  # the trunk's, then the model's own
-    hook = trunk_of(own).register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    try:
-        with contextlib.nullcontext() if torch.is_grad_enabled() else evaluating(own):
-            arguments = mask_arguments(own, attention_mask) | logits_to_keep
-            outputs.append(model(input_ids=input_ids, use_cache=False, **arguments))
-    finally:
-        hook.remove()
-
-    def kept(x: Tensor | None) -> Tensor | None:
-        if x is not None and packed:
-            x = x.gather(1, order.argsort(dim=1)[..., None].expand_as(x))
-        return None if x is None else x[:, -keep:]
-
-    logits, hidden = getattr(outputs[-1], "logits", None), getattr(outputs[0], "last_hidden_state", None)
-    return Pass(kept(logits), kept(hidden))
-
-
-def causal_lm_logits(lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, logits_to_keep: int = 0) -> Tensor:
-    """Logits (B, K, V) of the last K = logits_to_keep positions, or of all (0), of a plain language model."""
-    return one_pass(lm, input_ids, attention_mask, keep=logits_to_keep).logits
 
 
 def in_full_precision(layer: nn.Module, hidden: Tensor) -> Tensor:

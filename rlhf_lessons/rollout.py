@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from rlhf_lessons.advantages import gae
 from rlhf_lessons.config import PPOConfig, TrainerConfig
 from rlhf_lessons.data import pad
+from rlhf_lessons.forward import causal_lm_logits, evaluating
 from rlhf_lessons.generation import Responses, Samples, at_temperature, sample_batch, sample_responses
 from rlhf_lessons.kl import sampled_kl, shaped_rewards
 from rlhf_lessons.masking import masked_mean, masked_whiten
-from rlhf_lessons.models import bar_unused_ids, causal_lm_logits, check_vocabulary, evaluating
+from rlhf_lessons.models import bar_unused_ids, check_vocabulary
 from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.scoring import Scorer, missing_eos_scores
 

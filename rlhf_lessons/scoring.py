@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lessons.data import Prompt, encode_prompt, encode_response, pad
+from rlhf_lessons.forward import context_of
 from rlhf_lessons.generation import Samples
-from rlhf_lessons.models import context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

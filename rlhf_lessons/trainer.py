@@ -20,11 +20,12 @@ from rlhf_lessons.config import PPOConfig, TrainerConfig, require
 from rlhf_lessons.data import as_record, encode_prompts, pad
 from rlhf_lessons.device import autocast, gather_rows, make_accelerator, share_of
 from rlhf_lessons.fitting import check_finite, fit_language_model, fit_reward_model
+from rlhf_lessons.forward import context_of
 from rlhf_lessons.generation import Responses, draw_uniforms, eos_ids, sample_responses
 from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
 from rlhf_lessons.masking import masked_mean
-from rlhf_lessons.models import check_tokenizer, check_vocabulary, context_of, without_dropout
+from rlhf_lessons.models import check_tokenizer, check_vocabulary, without_dropout
 from rlhf_lessons.policy_gradient import action_log_probs, entropy
 from rlhf_lessons.ppo import clip_fraction, clipped_policy_loss, clipped_value_loss, explained_variance, ppo_loss
 from rlhf_lessons.rollout import (

@@ -5,7 +5,7 @@ import torch
 from sampling import EOS, IDS, PAD, generator, repeated, teacher_forced
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_lessons import models
+from rlhf_lessons import forward
 from rlhf_lessons.device import autocast
 from rlhf_lessons.engines import static
 from rlhf_lessons.engines.static import StaticDecoder, StaticSampler
@@ -183,9 +183,9 @@ def test_a_ready_mask_gives_what_the_models_own_gives(architecture, side, make_p
     logits, values = policy(tokens, mask)
     policy.values(tokens, mask)  # how either reads padding is tried out when it first reads, and looked at
     monkeypatch.setattr(
-        models,
+        forward,
         "mask_arguments",
-        lambda model, mask: {"attention_mask": models.ready_mask(mask)} | models.position_arguments(model, mask),
+        lambda model, mask: {"attention_mask": forward.ready_mask(mask)} | forward.position_arguments(model, mask),
     )
     with Looks() as looks:
         ready = policy(tokens, mask)

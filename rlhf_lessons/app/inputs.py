@@ -21,14 +21,8 @@ from torch import nn
 from rlhf_lessons import data, tiny_reviews
 from rlhf_lessons.device import check_device
 from rlhf_lessons.display import say
-from rlhf_lessons.models import (
-    ASSETS,
-    CausalLMWithValueHead,
-    context_of,
-    load_causal_lm,
-    load_reward_model,
-    load_tokenizer,
-)
+from rlhf_lessons.forward import context_of
+from rlhf_lessons.models import ASSETS, CausalLMWithValueHead, load_causal_lm, load_reward_model, load_tokenizer
 from rlhf_lessons.scoring import score_texts
 
 if TYPE_CHECKING:

@@ -30,8 +30,9 @@ from rlhf_lessons.app.run_folder import RunFolder, draw_run, mean_of_last, sampl
 from rlhf_lessons.config import PPOConfig, Settings, require
 from rlhf_lessons.display import fit_progress, progress, say
 from rlhf_lessons.fitting import annotated_preferences, fit_language_model, fit_reward_model
+from rlhf_lessons.forward import context_of
 from rlhf_lessons.generation import sample_batch
-from rlhf_lessons.models import CausalLMWithValueHead, RewardModel, context_of, new_causal_lm
+from rlhf_lessons.models import CausalLMWithValueHead, RewardModel, new_causal_lm
 from rlhf_lessons.rollout import RolloutBatch
 from rlhf_lessons.scoring import Scorer, as_scorer, preference_accuracy
 from rlhf_lessons.trainer import PPOTrainer

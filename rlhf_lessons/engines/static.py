@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_lessons.forward import ready_mask, takes_ready_masks
 from rlhf_lessons.generation import (
     Responses,
     Sampler,
@@ -21,7 +22,6 @@ from rlhf_lessons.generation import (
     sample_tokens,
 )
 from rlhf_lessons.masking import position_ids
-from rlhf_lessons.models import ready_mask, takes_ready_masks
 from rlhf_lessons.policy_gradient import action_log_probs
 
 PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that few shapes need a graph of their own
