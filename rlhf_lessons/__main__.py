@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf_lessons.app.options import EXIT_ERROR, build_parser, settings_from
+from rlhf_lessons.app.options import EXIT_ERROR, build_parser, check_given, settings_from
 
 EXIT_INTERRUPTED = 130
 EXIT_UNREAD = 141  # as of a program that the system ends because nobody reads what it prints
@@ -65,6 +65,7 @@ def show_samples(arguments: argparse.Namespace) -> None:
     from rlhf_lessons.app.run_folder import samples_table
     from rlhf_lessons.device import use_threads
 
+    check_given(arguments)
     use_threads(threads_of(arguments))
     print(samples_table(pipeline.side_by_side(inputs.resolve(arguments), arguments)))
 

@@ -182,6 +182,27 @@ def test_prompts_of_each_kind_are_shown_as_text(make_lm, make_tokenizer):
         compare({"before": make_lm()}, tokenizer, [], as_scorer(length, tokenizer), CPU, gold=False)
 
 
+def test_a_sample_ends_where_the_model_says_and_has_no_token_that_the_tokenizer_lacks(make_lm, tokenizer):
+    def written(lm):
+        tokens = []
+
+        def score(prompts, responses, tokens_of=tokens):
+            tokens_of.extend(responses)
+            return length(prompts, responses)
+
+        compare({"before": lm}, tokenizer, ["film"], as_scorer(score, tokenizer), CPU, gold=False, count=64)
+        return tokens
+
+    stop = tokenizer.convert_tokens_to_ids("bad")
+    lm = make_lm()
+    assert any("bad" in text.split()[:-1] for text in written(lm))
+    lm.generation_config.eos_token_id = [tokenizer.eos_token_id, stop]
+    assert not any("bad" in text.split()[:-1] for text in written(lm))
+    padded = make_lm(vocab_size=64)  # most of them no token of the tokenizer's
+    written(padded)
+    assert padded(input_ids=torch.tensor([[1]])).logits[0, -1].isfinite().sum() == len(tokenizer)
+
+
 def test_the_response_shown_token_by_token_is_the_longest_that_ended(make_batch, tokenizer):
     batch = make_batch([3, 5, 4])
     object.__setattr__(batch, "ended", torch.tensor([True, False, True]))

@@ -22,7 +22,14 @@ from rlhf_lessons import data, tiny_reviews
 from rlhf_lessons.device import check_device
 from rlhf_lessons.display import say
 from rlhf_lessons.forward import context_of
-from rlhf_lessons.models import ASSETS, CausalLMWithValueHead, load_causal_lm, load_reward_model, load_tokenizer
+from rlhf_lessons.models import (
+    ASSETS,
+    CausalLMWithValueHead,
+    check_vocabulary,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+)
 from rlhf_lessons.scoring import score_texts
 
 if TYPE_CHECKING:
@@ -79,10 +86,6 @@ def resolve(arguments: argparse.Namespace) -> Inputs:
     """
     given = {name: getattr(arguments, name, None) for name in GIVEN}
     command = arguments.command
-    if given["score"] is not None and given["reward_model"] is not None:
-        raise ValueError("give --score or --reward-model, not both")
-    if given["eval_preferences"] is not None and given["preferences"] is None:
-        raise ValueError("give --preferences too: --eval-preferences measures the reward model made from them")
     check_device(getattr(arguments, "device", None) or "auto")
     found = {name: path and read(path) for (name, read) in FILES.items() for path in (given[name],)}
     score = given["score"] and import_score(given["score"])
@@ -108,21 +111,15 @@ def load_model(load: Callable[[str | Path], nn.Module], path: str | Path) -> Mod
     Raises ValueError when the folder or its tokenizer is missing, or the tokenizer has tokens that the model does not
     embed.
     """
-    name = str(path)
-    if not Path(path).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
-        raise ValueError(f"{name}: no such folder")
-    network = load(path)
+    name, network = str(path), load(path)
     if Path(path).is_dir() and not any(any(Path(path).glob(files)) for files in TOKENIZER_FILES):
         raise ValueError(f"{name}: no tokenizer is saved there; call tokenizer.save_pretrained on the model's folder")
     tokenizer = load_tokenizer(path)
-    inner = getattr(network, "classifier", getattr(network, "lm", network))
-    embedded = inner.get_input_embeddings().num_embeddings
-    tokens = max(tokenizer.get_vocab().values()) + 1  # some vocabularies leave numbers out
-    if tokens > embedded:
-        raise ValueError(
-            f"{name}: its tokenizer has {tokens} tokens, its model embeds {embedded}; "
-            "after adding tokens call model.resize_token_embeddings(len(tokenizer)) and save both again"
-        )
+    try:
+        check_vocabulary(network, tokenizer)
+    except ValueError as error:
+        advice = "after adding tokens call model.resize_token_embeddings(len(tokenizer)) and save both again"
+        raise ValueError(f"{name}: {error}; {advice}") from error
     return Model(network, tokenizer, name)
 
 

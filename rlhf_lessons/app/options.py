@@ -92,6 +92,8 @@ PRETRAIN, REWARD = (tuple(item.name for item in fields(kind)) for kind in (Pretr
 READ = (  # options, what they need one of, what leaves nobody to read them, why
     (("corpus",), ("preferences", "reward_model", "score"), ("model",),
      "a model is trained on the corpus from scratch, and the tiny world's annotators cannot judge its texts"),
+    (("score",), (), ("reward_model",), "PPO maximises one of them"),
+    (("eval_preferences",), ("preferences",), (), "they measure the reward model made from those"),
     (PRETRAIN, ("corpus",), (), "only what is trained on a corpus has a choice there"),
     (("preferences", *REWARD), (), ("score", "reward_model"), "no reward model is trained beside another score"),
     (("num_preferences",), (), ("preferences",), "the first asks the tiny world's annotators"),

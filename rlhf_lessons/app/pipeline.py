@@ -25,14 +25,14 @@ from rlhf_lessons.app.inputs import (
     read_alike,
     warn_of_unknown,
 )
-from rlhf_lessons.app.options import USES, check_given
+from rlhf_lessons.app.options import USES
 from rlhf_lessons.app.run_folder import RunFolder, draw_run, mean_of_last, samples_table
 from rlhf_lessons.config import PPOConfig, Settings, require
 from rlhf_lessons.display import fit_progress, progress, say
 from rlhf_lessons.fitting import annotated_preferences, fit_language_model, fit_reward_model
 from rlhf_lessons.forward import context_of
-from rlhf_lessons.generation import sample_batch
-from rlhf_lessons.models import CausalLMWithValueHead, RewardModel, new_causal_lm
+from rlhf_lessons.generation import eos_ids, sample_batch
+from rlhf_lessons.models import CausalLMWithValueHead, RewardModel, bar_unused_ids, new_causal_lm
 from rlhf_lessons.rollout import RolloutBatch
 from rlhf_lessons.scoring import Scorer, as_scorer, preference_accuracy
 from rlhf_lessons.trainer import PPOTrainer
@@ -226,11 +226,12 @@ def compare(
     chosen = [prompts[order[i % len(order)]] for i in range(count)]
     records, shown = [data.as_record(prompt) for prompt in chosen], [{} for _ in chosen]
     for side, lm in models.items():
+        bar_unused_ids(lm, tokenizer)
         ids = data.encode_prompts(tokenizer, chosen, max_new_tokens=config.max_new_tokens, context=context_of(lm))
         input_ids, mask = data.pad(ids, tokenizer.pad_token_id, side="left")
         samples = sample_batch(
             lm, input_ids.to(lm.device), mask.to(lm.device), records=records, max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+            temperature=config.temperature, eos_id=eos_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id,
             generator=torch.Generator().manual_seed(config.seed),
         )  # fmt: skip
         asked, texts = samples.texts(tokenizer)
@@ -247,7 +248,6 @@ def compare(
 def side_by_side(inputs: Inputs, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """`sample`: responses of the model before PPO and after it, as `compare` gives them."""
     require("count", arguments.count, arguments.count >= 1, "a whole number >= 1")
-    check_given(arguments)
     config = PPOConfig(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
     for prompt in arguments.prompt or ():
         data.check_texts(prompt, "prompt", "--prompt")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 
 from rlhf_lessons import plots
 from rlhf_lessons.models import quiet_transformers
@@ -170,8 +171,10 @@ def draw_run(folder: RunFolder, rows: list[dict], tokens: list[str], per_token: 
     """Write a run's pictures: its curves, and one response token by token."""
     plots.use_style()
     with folder.whole("figures") as partial:
-        plots.save(plots.training_curves(rows), partial / "training.png")
-        plots.save(plots.token_view(tokens, per_token), partial / "tokens.png")
+        figures = {"training": plots.training_curves(rows), "tokens": plots.token_view(tokens, per_token)}
+        for name, figure in figures.items():
+            plots.save(figure, partial / f"{name}.png")
+            plt.close(figure)
 
 
 def summary_table(folders: list[Path]) -> str:
