@@ -44,6 +44,7 @@ TEXT = dict(
 EYE = dict(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
 )
+SEEING = dict(text_config=TEXT, vision_config=EYE)
 DROP = "left as it is"
 
 # What always runs, and why.
@@ -62,14 +63,16 @@ CORE = {
     "gemma3": dict(text_config=TEXT, vision_config=EYE, image_token_index=39, boi_token_index=37, eoi_token_index=38),
 }
 PLAIN = """
-    afmoe apertus arcee aria_text beam bert bert-generation biogpt bitnet blenderbot camembert codegen cohere
-    cohere2 ctrl cwm data2vec-text deepseek_v4 diffllama doge electra ernie ernie4_5 ernie4_5_moe exaone4
-    falcon_mamba flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese
-    gpt_oss gptj granite granitemoe helium hunyuan_v1_dense hunyuan_v1_moe inkling_text jais2 jetmoe llama marian
-    mbart megatron-bert minimax minimax_m2 ministral modernbert-decoder mpt mvp nanochat nemotron olmo olmo2 olmo3
-    olmo_hybrid olmoe openai-gpt pegasus persimmon phi phi3 plbart qwen2 qwen2_moe qwen3 qwen3_moe
-    roberta-prelayernorm roformer seed_oss smollm3 stablelm starcoder2 trocr vaultgemma whisper xglm xlm-roberta
-    xlm-roberta-xl
+    afmoe apertus arcee aria_text beam bert bert-generation bigbird_pegasus biogpt bitnet blenderbot
+    blenderbot-small camembert codegen cohere cohere2 cohere2_moe ctrl cwm data2vec-text deepseek_v4 diffllama doge
+    electra ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_mamba flex_olmo flint gemma gemma2 gemma3_text glm
+    glm4 glm4_moe gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe
+    granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax
+    inkling2_text inkling_text internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama marian mbart
+    megatron-bert mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text ministral ministral3 modernbert-decoder
+    mpt mvp nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt pegasus persimmon phi phi3 plbart qwen2
+    qwen2_moe qwen3 qwen3_moe roberta-prelayernorm roformer seed_oss smollm3 solar_open stablelm
+    starcoder2 trocr vaultgemma whisper xglm xlm-roberta xlm-roberta-xl
 """
 WIDE = dict.fromkeys(PLAIN.split(), {}) | {
     "axk1": LATENT,
@@ -81,6 +84,9 @@ WIDE = dict.fromkeys(PLAIN.split(), {}) | {
     "deepseek_v32": LATENT,
     "dots1": dict(n_shared_experts=1),
     "falcon_h1": dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8),
+    "gemma4": dict(
+        text_config=TEXT | dict(vocab_size_per_layer_input=40, hidden_size_per_layer_input=8), vision_config=EYE
+    ),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "granitemoehybrid": dict(mamba_n_heads=8, mamba_d_head=8, layer_types=["mamba", "attention"]),
     "jamba": dict(
@@ -104,6 +110,20 @@ WIDE = dict.fromkeys(PLAIN.split(), {}) | {
     "xlstm": dict(v_head_dim=DROP),
     "xmod": dict(default_language="en_XX", languages=["en_XX"]),
     "youtu": LATENT,
+    "glm4_moe_lite": LATENT,
+    "glm_moe_dsa": LATENT,
+    "got_ocr2": SEEING,
+    "llama4": SEEING,
+    "qwen3_5": dict(text_config=TEXT | LINEAR, vision_config=EYE),
+    "bailing_hybrid": LATENT | LINEAR,
+    "lfm3": CONVOLUTION,
+    "zamba": dict(
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid"] * 2,
+        use_mamba_kernels=False,
+        mamba_d_state=8,
+        n_mamba_heads=2,
+    ),
     "zamba2": dict(
         layers_block_type=["mamba", "hybrid"],
         mamba_headdim=8,
@@ -116,10 +136,11 @@ WIDE = dict.fromkeys(PLAIN.split(), {}) | {
     ),
     "zaya": dict(num_experts_per_tok=1),
 }
-SETTINGS = CORE | WIDE | {"xlnet": dict(max_position_embeddings=DROP)}
+SETTINGS = CORE | WIDE | {"fuyu": SEEING, "xlnet": dict(max_position_embeddings=DROP)}
 REFUSED = {
     "cpmant": "CpmAntForCausalLM must give a token the same log-probability when it is sampled as in its text alone",
     "xlm": "XLMWithLMHeadModel must give a token the same log-probability when it is sampled as in its text alone",
+    "fuyu": "FuyuForCausalLM must give a token the same log-probability when it is sampled as in its text alone",
     "moshi": "MoshiForCausalLM must give a token the same log-probability when it is sampled as in its text alone",
     "xlnet": "XLNetLMHeadModel must read plain texts, padded or not",
     "rembert": "RemBertForCausalLM must read plain texts, padded or not; got RuntimeError: mat1 and mat2 shapes",
