@@ -323,8 +323,11 @@ def test_bias_and_variance_add_up_and_the_minimum_is_marked():
 def test_variances_are_ranked_on_a_log_axis():
     (ax,) = plots.variance_ranking({"full return": 3.0, "optimal": torch.tensor(0.1), "constant": 1.0}).axes
     assert [text.get_text() for text in ax.get_yticklabels()] == ["optimal", "constant", "full return"]
-    assert [bar.get_width() for bar in ax.patches] == pytest.approx([0.1, 1, 3])
+    (dots,) = ax.get_lines()
+    assert list(dots.get_xdata()) == pytest.approx([0.1, 1, 3]) and list(dots.get_ydata()) == [0, 1, 2]
+    assert [text.get_text() for text in ax.texts] == ["0.1", "1", "3"]
     assert ax.get_xscale() == "log" and ax.yaxis_inverted()
+    assert not ax.patches  # a bar's length means nothing where there is no zero
 
 
 def test_bars_of_concepts_are_coloured_and_groups_have_a_legend():
@@ -538,7 +541,8 @@ BAD = {
     "curves.* must have 2 dimension": lambda: plots.learning_curves({"a": [1, 2]}),
     'x must be "sqrt_kl" or "iteration"; got \'kl\'': lambda: plots.overoptimisation(run(), x="kl"),
     "runs must have rows with 'gold' and 'kl'; got none in run ''": lambda: plots.overoptimisation(run(gold=None)),
-    "values must be positive on a log axis; got 0": lambda: plots.variance_ranking({"a": 0.0}),
+    "values must be positive on a log axis; got 0": lambda: plots.bars({"a": 0.0}, xlabel="x", xscale="log"),
+    "variances must be positive on a log axis; got 0": lambda: plots.variance_ranking({"a": 0.0}),
     "values must be numbers or dicts of numbers; got both": lambda: plots.bars({"a": 1, "b": {"c": 2}}, xlabel="x"),
     "values must hold at least one bar; got none": lambda: plots.bars({}, xlabel="x"),
     "squared_bias must have length 2": lambda: plots.bias_variance([0, 1], [1], [1, 2]),

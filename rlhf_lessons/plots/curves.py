@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -287,12 +286,29 @@ def bar_colors(labels: list[str], concepts: dict[str, str] | None) -> list[str]:
 
 
 def variance_ranking(
-    variances: dict[str, float], *, xlabel: str = "variance of the gradient estimate (log scale)", **options: Any
+    variances: dict[str, float],
+    *,
+    xlabel: str = "variance of the gradient estimate (log scale)",
+    ax: Axes | None = None,
 ) -> Figure:
-    """Estimators ranked by variance, the smallest on top, on a log axis. Options as in `bars`."""
-    as_array("variances", list(variances.values()))
-    ranked = dict(sorted(variances.items(), key=lambda item: float(item[1])))
-    return bars(ranked, xlabel=xlabel, xscale="log", **options)
+    """Estimators ranked by variance, the smallest on top: a dot each with its number.
+
+    On the log axis equal distances are equal factors; it has no zero, from which a bar could start.
+    """
+    numbers = as_array("variances", list(variances.values()))
+    if not (numbers > 0).all():
+        raise ValueError(f"variances must be positive on a log axis; got {numbers.min():g}")
+    order = np.argsort(numbers, kind="stable")
+    figure, ax = axes_for(ax, figsize=(6.4, 0.9 + 0.42 * len(order)))
+    ax.plot(numbers[order], range(len(order)), "o", markersize=9, color=COLORS["neutral"])
+    for place, i in enumerate(order):
+        number = f"{numbers[i]:.3g}"
+        ax.annotate(number, (numbers[i], place), (9, 0), textcoords="offset points", va="center", fontsize=9)
+    names = [list(variances)[i] for i in order]
+    ax.set(xlabel=xlabel, xscale="log", yticks=range(len(order)), yticklabels=names, ylim=(len(order) - 0.5, -0.5))
+    ax.margins(x=0.14)
+    plain_log_axis(ax.xaxis)
+    return figure
 
 
 def bias_variance(
