@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rlhf_lessons.checks._harness import Case, Check, Refused, Wrong
+from rlhf_lessons.checks._harness import Case, Check, Wrong
 from rlhf_lessons.checks._inputs import Draw, prefix_mask, transposed
+from rlhf_lessons.checks._wording import Refused
 from rlhf_lessons.masking import position_ids
 from rlhf_lessons.models import ValueHead, random_gpt2
 from rlhf_lessons.rollout import reference_logits
