@@ -47,7 +47,7 @@ def with_epsilon(function: Callable[[float], Callable], why: str) -> tuple[Wrong
         Wrong(
             f"an epsilon of {eps:g}",
             function(eps),
-            f"You add {eps:g} so that nothing is 0. That changes every result a little, and rare tokens a lot: {why}",
+            f"You add {eps:g} so that nothing is 0. That changes every result a little, and the rarest a lot: {why}",
         )
         for eps in (1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12)
     )

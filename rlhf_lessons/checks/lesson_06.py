@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lessons import importance
-from rlhf_lessons.checks._harness import Case, Check, Wrong
+from rlhf_lessons.checks._harness import Case, Check, Wrong, with_epsilon
 from rlhf_lessons.checks._inputs import Draw, transposed
 
 # --- Exercise: importance_ratio ----------------------------------------------------------------
