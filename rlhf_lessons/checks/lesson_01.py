@@ -95,22 +95,26 @@ action_log_probs = Check(
         Wrong(
             "the mean loss",
             lambda z, a: -policy_gradient.action_log_probs(z, a).mean(),
-            "You return a single number, as F.cross_entropy does by default. Wanted is log π of each token, (B, T): no mean, and no minus.",
+            "You return a single number, as F.cross_entropy does by default. Wanted is log π of each token, (B, T): "
+            "no mean, and no minus.",
         ),
         Wrong(
             "the whole distribution",
             lambda z, a: z.log_softmax(-1),
-            "You return the log-probabilities of all words, (B, T, V). Pick the entry that belongs to the token in actions.",
+            "You return the log-probabilities of all words, (B, T, V). Pick the entry that belongs to the token in "
+            "actions.",
         ),
         Wrong(
             "a dimension left over",
             lambda z, a: z.log_softmax(-1).gather(-1, a[..., None]),
-            "gather leaves a last dimension of 1: the result is (B, T, 1). Beside a (B, T) tensor that broadcasts to something else without a word: squeeze(-1).",
+            "gather leaves a last dimension of 1: the result is (B, T, 1). Beside a (B, T) tensor that broadcasts to "
+            "something else without a word: squeeze(-1).",
         ),
         Wrong(
             "squeezed everywhere",
             lambda z, a: z.log_softmax(-1).gather(-1, a[..., None]).squeeze(),
-            "Three rows are right, one row is not: squeeze() drops every dimension of size 1, the batch too. squeeze(-1) drops the last alone.",
+            "Three rows are right, one row is not: squeeze() drops every dimension of size 1, the batch too. "
+            "squeeze(-1) drops the last alone.",
         ),
         Wrong(
             "normalised twice",
@@ -120,12 +124,14 @@ action_log_probs = Check(
         Wrong(
             "the wrong base",
             lambda z, a: picked(z.log_softmax(-1), a) / math.log(2),
-            "Everything is 1.44 times too large: these are logarithms to the base 2. All formulas here use the natural one.",
+            "Everything is 1.44 times too large: these are logarithms to the base 2. All formulas here use the "
+            "natural one.",
         ),
         Wrong(
             "less the largest",
             lambda z, a: picked(z - z.amax(-1, keepdim=True), a),
-            "You subtract the largest logit. That makes the sum safe to compute, but it does not normalise: subtract the logsumexp.",
+            "You subtract the largest logit. That makes the sum safe to compute, but it does not normalise: subtract "
+            "the logsumexp.",
         ),
         *with_epsilon(
             lambda eps: lambda z, a: (picked(z.softmax(-1), a) + eps).log(),
@@ -181,8 +187,12 @@ shift_by_one = Check(
     cases=shift_cases,
     gradient_of=("logits",),
     explains=(
-        'The fault looked each token up in the logits that were computed after it had been read. The numbers were finite, negative and of the right shape, so nothing crashed: in the lesson only, the model found its own tokens surprising, "the" at −9.80 where −0.20 was recorded. '
-        "In training, old and new log-probabilities would be wrong alike: the first ratio is 1 all the same, and the gradient teaches something else. In a log, compare the mean log-probability with minus the entropy of the policy: on its own samples the two must agree."
+        "The fault looked each token up in the logits that were computed after it had been read. The numbers were "
+        "finite, negative and of the right shape, so nothing crashed: in the lesson only, the model found its own "
+        'tokens surprising, "the" at −9.80 where −0.20 was recorded. '
+        "In training, old and new log-probabilities would be wrong alike: the first ratio is 1 all the same, and the "
+        "gradient teaches something else. In a log, compare the mean log-probability with minus the entropy of the "
+        "policy: on its own samples the two must agree."
     ),
     wrong=(
         Wrong(
@@ -236,7 +246,8 @@ shift_by_one = Check(
         Wrong(
             "cut from the start",
             lambda z, y, p: picked(z[:, : y.shape[1] - p].log_softmax(-1), y[:, p:]),
-            "You take the logits at the start of the text, where the prompt is. The first that counts is at its last token, P − 1.",
+            "You take the logits at the start of the text, where the prompt is. The first that counts is at its last "
+            "token, P − 1.",
         ),
         Wrong(
             "summed",
@@ -251,7 +262,8 @@ shift_by_one = Check(
         Wrong(
             "the tokens of the prompt",
             lambda z, y, p: picked(z[:, :-1].log_softmax(-1), y[:, :-1]),
-            "The logits are cut as they should be, and so are the tokens: each token is now looked up in the logits computed after it.",
+            "The logits are cut as they should be, and so are the tokens: each token is now looked up in the logits "
+            "computed after it.",
         ),
     ),
 )

@@ -104,12 +104,14 @@ bradley_terry_loss = Check(
         Wrong(
             "every chosen with every rejected",
             lambda c, r: -F.logsigmoid(c[:, None] - r[None, :]).mean(),
-            "One pair is right, several are not: you compare every chosen answer with every rejected one, (N, N), those to other prompts too. Is there a dimension too many? Pair i is chosen[i] and rejected[i].",
+            "One pair is right, several are not: you compare every chosen answer with every rejected one, (N, N), "
+            "those to other prompts too. Is there a dimension too many? Pair i is chosen[i] and rejected[i].",
         ),
         Wrong(
             "exponentials divided",
             lambda c, r: -(c.exp() / (c.exp() + r.exp())).log().mean(),
-            "Ordinary scores are right, scores hundreds apart are not: e^a overflows and ∞/∞ is NaN. Divide by e^a on paper: what is left depends on the difference alone, and F.logsigmoid takes it.",
+            "Ordinary scores are right, scores hundreds apart are not: e^a overflows and ∞/∞ is NaN. Divide by e^a on "
+            "paper: what is left depends on the difference alone, and F.logsigmoid takes it.",
         ),
         Wrong(
             "the wrong base",
@@ -119,17 +121,20 @@ bradley_terry_loss = Check(
         Wrong(
             "half the loss",
             lambda c, r: -F.logsigmoid(c - r).mean() / 2,
-            "Everything is half as large as it should be: you divide by the number of texts. The mean is over the pairs.",
+            "Everything is half as large as it should be: you divide by the number of texts. The mean is over the "
+            "pairs.",
         ),
         Wrong(
             "the loss of the square",
             lambda c, r: (1 - torch.sigmoid(c - r)).square().mean(),
-            "This is the squared error of the probability (the Brier score). Its gradient vanishes where the model is most wrong; −log σ does not.",
+            "This is the squared error of the probability (the Brier score). Its gradient vanishes where the model is "
+            "most wrong; −log σ does not.",
         ),
         Wrong(
             "clamped",
             lambda c, r: -F.logsigmoid((c - r).clamp(-10, 10)).mean(),
-            "Ordinary scores are right, scores hundreds apart are not: a clamp has cut them off, and with them the gradient of the pairs that are most wrong. F.logsigmoid is stable as it is.",
+            "Ordinary scores are right, scores hundreds apart are not: a clamp has cut them off, and with them the "
+            "gradient of the pairs that are most wrong. F.logsigmoid is stable as it is.",
         ),
         Wrong(
             "softmax twice",
@@ -139,7 +144,8 @@ bradley_terry_loss = Check(
         Wrong(
             "over the wrong dimension",
             lambda c, r: -torch.stack([c, r], -1).log_softmax(0)[..., 0].mean(),
-            "The probabilities are taken over the pairs, not over the two answers of a pair: the softmax has the wrong dimension.",
+            "The probabilities are taken over the pairs, not over the two answers of a pair: the softmax has the "
+            "wrong dimension.",
         ),
         *with_epsilon(
             lambda eps: lambda c, r: -(torch.sigmoid(c - r) + eps).log().mean(),
@@ -197,8 +203,11 @@ last_real_token = Check(
     cases=last_token_cases,
     gradient_of=("token_scores",),
     explains=(
-        "The fault read the score of the last position, which in a row padded on the right is a padding token. A text of full length was right, and so was every text by itself; only in a batch did the shorter ones lose, from 73% of the pairs down to 62%. "
-        "Nothing crashes, and in PPO the noise would look like a weak reward model: one that pays for length, or for nothing. In a log, score the same text alone and in a batch, and compare."
+        "The fault read the score of the last position, which in a row padded on the right is a padding token. A text "
+        "of full length was right, and so was every text by itself; only in a batch did the shorter ones lose, from "
+        "73% of the pairs down to 62%. "
+        "Nothing crashes, and in PPO the noise would look like a weak reward model: one that pays for length, or for "
+        "nothing. In a log, score the same text alone and in a batch, and compare."
     ),
     wrong=(
         Wrong(
@@ -240,7 +249,8 @@ last_real_token = Check(
         Wrong(
             "the mask multiplied on",
             lambda s, m: (s * (m & ~F.pad(m[:, 1:], (0, 1)))).sum(1),
-            "Numbers under the padding do no harm, NaN does: 0·NaN is NaN. Pick the entry, or replace the others with torch.where.",
+            "Numbers under the padding do no harm, NaN does: 0·NaN is NaN. Pick the entry, or replace the others with "
+            "torch.where.",
         ),
         Wrong(
             "counted from the right, not turned back",
@@ -260,7 +270,8 @@ last_real_token = Check(
         Wrong(
             "a dimension left over",
             lambda s, m: s.gather(1, torch.where(m, torch.arange(m.shape[1]), -1).amax(1, keepdim=True)),
-            "The right entry, but (B, 1): squeeze the last dimension, or a difference of two such results with a (B,) tensor becomes (B, B).",
+            "The right entry, but (B, 1): squeeze the last dimension, or a difference of two such results with a (B,) "
+            "tensor becomes (B, B).",
         ),
     ),
 )

@@ -123,7 +123,8 @@ policy_gradient_loss = Check(
         Wrong(
             "divided by the number of steps",
             lambda lp, w, mask=None: -(real(lp, mask) * real(w, mask).detach()).sum(0).mean(),
-            "You divide by the number of steps where the number of episodes is wanted: sum over dim 1, mean over dim 0.",
+            "You divide by the number of steps where the number of episodes is wanted: sum over dim 1, mean over dim "
+            "0.",
         ),
         Wrong(
             "one loss per episode",
@@ -143,7 +144,8 @@ policy_gradient_loss = Check(
         Wrong(
             "the log-probabilities detached",
             lambda lp, w, mask=None: -(real(lp, mask).detach() * real(w, mask)).sum() / len(lp),
-            "You detach the log-probabilities and leave the weights attached. It is the other way round: the gradient goes through log π.",
+            "You detach the log-probabilities and leave the weights attached. It is the other way round: the gradient "
+            "goes through log π.",
         ),
         Wrong(
             "the weights added",
@@ -193,8 +195,11 @@ gradient_through_return = Check(
     cases=return_cases,
     gradient_of=("log_probs",),
     explains=(
-        "The fault let gradient flow through the return as well. There it adds b times the gradient of log π, weighted with log π itself, and the policy settled at 67% for the best token where 87% is right: as if the bonus were twice as large. "
-        "The loss had the right value throughout, so no curve of it could tell. What shows it is a known answer (here softmax(score/b)), or an assertion that returns.requires_grad is False."
+        "The fault let gradient flow through the return as well. There it adds b times the gradient of log π, "
+        "weighted with log π itself, and the policy settled at 67% for the best token where 87% is right: as if the "
+        "bonus were twice as large. "
+        "The loss had the right value throughout, so no curve of it could tell. What shows it is a known answer (here "
+        "softmax(score/b)), or an assertion that returns.requires_grad is False."
     ),
     wrong=(
         Wrong(
@@ -240,7 +245,8 @@ gradient_through_return = Check(
         Wrong(
             "the mean over the steps",
             lambda lp, scores, *, bonus: -(lp * (scores - bonus * lp.sum(1)).detach()[:, None]).mean(),
-            "The return is constant now, but the loss is a mean over all tokens. It was a sum over the steps, then a mean over the texts.",
+            "The return is constant now, but the loss is a mean over all tokens. It was a sum over the steps, then a "
+            "mean over the texts.",
         ),
         Wrong(
             "the mean bonus",
