@@ -133,6 +133,12 @@ action_log_probs = Check(
             "You subtract the largest logit. That makes the sum safe to compute, but it does not normalise: subtract "
             "the logsumexp.",
         ),
+        Wrong(
+            "log of the picked softmax",
+            lambda z, a: picked(z.softmax(-1), a).log(),
+            "Ordinary logits are right, logits hundreds apart are not: the probability that you pick has been rounded "
+            "to 0, and its logarithm is −∞. log_softmax, or z − logsumexp z, never holds the probability itself.",
+        ),
         *with_epsilon(
             lambda eps: lambda z, a: (picked(z.softmax(-1), a) + eps).log(),
             "log_softmax is exact without it.",

@@ -129,7 +129,8 @@ reward_to_go = Check(
                 policy_gradient.reward_to_go(r if mask is None else r * mask, gamma=gamma)
                 * (1 if mask is None else mask)
             ),
-            "Numbers under the padding of the rewards do no harm, NaN does: 0·NaN is NaN. Replace with torch.where(mask, x, 0) "
+            "Numbers under the padding of the rewards do no harm, NaN does: 0·NaN is NaN. Replace with "
+            "torch.where(mask, x, 0) "
             "instead of multiplying by the mask.",
         ),
         Wrong(
@@ -192,8 +193,8 @@ peeking_baseline = Check(
     cases=peeking_cases,
     explains=(
         "The fault let each sample take part in its own baseline. Then what is left is (K−1)/K of what it should be: "
-        "with K = 2 the direction was right, cosine 1.00, and the gradient half as long as the true one. "
-        "So it went unnoticed: a run learns, but as if its learning rate had been halved. No curve says so; what does "
+        "with K = 2 the direction was right, cosine 1.00, and the gradient half as long as the true one. So it went "
+        "unnoticed: a run learns, but as if its learning rate had been halved. No curve in a log says so; what does "
         "is the gradient beside an exact one, or a test with two samples, 1 and 0, whose advantages must be 1 and −1."
     ),
     wrong=(

@@ -75,7 +75,9 @@ def mean_of_rows(terms: Tensor, mask: Tensor | None) -> Tensor:
     return (real(terms, mask).sum(1) / counts).mean()
 
 
-def attached_advantages(log_probs, old_log_probs, advantages, mask=None, *, clip_eps):
+def attached_advantages(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor | None = None, *, clip_eps: float
+) -> Tensor:
     """The right loss, with the gradient into the advantages left on."""
     new, old, adv = (real(x, mask) for x in (log_probs, old_log_probs, advantages))
     rho = (new - old).exp()
@@ -294,10 +296,10 @@ max_for_min = Check(
     gradient_of=("ratio", "entropy"),
     explains=(
         "There were two faults. With max for min, a ratio that has left the range for the better is still pushed on, "
-        "and one that went the wrong way gets no gradient back: the largest ratio runs away within a few steps. With "
-        "a plus before it the entropy is minimised, and the policy ends at a single text. "
-        "Both went unnoticed because the loss still falls. In a log, the clip fraction and the approximate KL give "
-        "away the first, and an entropy that sinks to 0 the second."
+        "and one that went the wrong way gets no gradient back: the largest ratio runs away. With a plus before it "
+        "the entropy is minimised, and the policy is driven towards a single text. Both went unnoticed because the "
+        "loss still falls. In a log, the clip fraction and the approximate KL give away the first, and an entropy "
+        "that sinks to 0 the second."
     ),
     wrong=(
         Wrong(

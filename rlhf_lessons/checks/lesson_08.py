@@ -319,7 +319,8 @@ shaped_rewards = Check(
         Wrong(
             "the mask multiplied on",
             lambda s, kl, m, *, kl_coef: -kl_coef * kl * m + last_step(m) * s[:, None],
-            "Numbers under the padding of the KL do no harm, NaN does: 0·NaN is NaN. Replace with torch.where(mask, x, 0) "
+            "Numbers under the padding of the KL do no harm, NaN does: 0·NaN is NaN. Replace with "
+            "torch.where(mask, x, 0) "
             "instead of multiplying by the mask.",
         ),
         Wrong(
