@@ -204,7 +204,7 @@ def loop_support(p, q, f):
 
 
 def loop_clipped_loss(log_probs, old_log_probs, advantages, mask=None, *, clip_eps):
-    losses = []
+    losses, advantages = [], advantages.detach()
     for b in range(log_probs.shape[0]):
         for t in range(log_probs.shape[1]):
             if mask is None or mask[b, t]:
@@ -216,7 +216,7 @@ def loop_clipped_loss(log_probs, old_log_probs, advantages, mask=None, *, clip_e
 def vector_clipped_loss(log_probs, old_log_probs, advantages, mask=None, *, clip_eps):
     if mask is not None:
         log_probs, old_log_probs, advantages = (x[mask] for x in (log_probs, old_log_probs, advantages))
-    ratio = (log_probs - old_log_probs).exp()
+    ratio, advantages = (log_probs - old_log_probs).exp(), advantages.detach()
     return -torch.min(ratio * advantages, advantages + clip_eps * advantages.abs()).mean()
 
 
@@ -324,7 +324,9 @@ RIGHT = {
 @pytest.mark.parametrize(("name", "right"), [(n, r) for n, all_ in RIGHT.items() for r in all_])
 def test_right_answers_are_correct(name, right, capsys):
     assert FUNCTION_CHECKS[name](right) is None
-    assert capsys.readouterr().out == "correct\n"
+    verdict, *explanation = capsys.readouterr().out.split("\n", maxsplit=1)
+    assert verdict == "correct"
+    assert bool(explanation[0]) == (name in {hunt[0] for hunt in HUNTS})
 
 
 def test_every_check_has_right_answers():
@@ -483,6 +485,24 @@ def test_hunted_functions_get_the_hint_of_their_bug(name, buggy, bug):
     assert hint_of(FUNCTION_CHECKS[name], buggy) == known(FUNCTION_CHECKS[name], bug)
 
 
+@pytest.mark.parametrize("name", [hunt[0] for hunt in HUNTS])
+def test_each_hunt_explains_itself_once_it_is_solved(name, capsys):
+    check = FUNCTION_CHECKS[name]
+    sentences = [part for part in check.explains.split(". ") if part]
+    assert 2 <= len(sentences) <= 6 and "in a log" in check.explains.lower() or "shows" in check.explains
+    check(RIGHT[name][0])
+    said = capsys.readouterr().out
+    assert said.startswith("correct\n\n") and " ".join(said.split()[1:]) == " ".join(check.explains.split())
+    assert max(map(len, said.splitlines())) <= 100
+    check(lambda *args, **options: NotImplemented)
+    assert capsys.readouterr().out == "not attempted yet\n"
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTION_CHECKS.keys() - {hunt[0] for hunt in HUNTS}))
+def test_an_exercise_has_nothing_to_explain(name):
+    assert not FUNCTION_CHECKS[name].explains
+
+
 @pytest.mark.parametrize(("name", "buggy", "bug"), HUNTS, ids=[hunt[0] for hunt in HUNTS])
 def test_hunted_functions_fit_a_notebook_cell(name, buggy, bug):
     lines = inspect.getsource(buggy).splitlines()
@@ -543,7 +563,7 @@ UNSEEN = {
     "sampled_kl": [lambda n, r, *, kind: kl.sampled_kl(n, r, kind=kind) + 0.01 * (n - r) ** 4],
     "shaped_rewards": [
         lambda s, k, m, *, kl_coef: kl.shaped_rewards(s.tanh(), k, m, kl_coef=kl_coef),
-        lambda s, k, m, *, kl_coef: kl.shaped_rewards(s, k.abs(), m, kl_coef=kl_coef),
+        lambda s, k, m, *, kl_coef: kl.shaped_rewards(s, k.square(), m, kl_coef=kl_coef),
     ],
     "last_real_token": [lambda s, m: s.nan_to_num().amax(1)],
     "next_episode": [lambda r, v, end, *, gamma, lam: r - v],
@@ -746,6 +766,7 @@ def test_view_of_a_tensor_that_is_not_contiguous_gets_advice():
 def test_python_numbers_in_where_lose_precision():
     def vectorised(new, old, adv, mask=None, *, clip_eps):
         mask = torch.ones_like(new, dtype=torch.bool) if mask is None else mask
+        adv = adv.detach()
         bound = torch.where(adv > 0, 1 + clip_eps, 1 - clip_eps) * adv
         return -torch.min((new - old).exp() * adv, bound)[mask].mean()
 

@@ -6,34 +6,30 @@ needs them, in its gradients. When it does not, the known wrong answer that agre
 answer explains is refused with the smallest failing input, shown in numbers.
 """
 
-import math
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from textwrap import fill
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from rlhf_lessons.checks._outcomes import Case, Outcome, agree, as_tuple, right_in_value, unchanged
+from rlhf_lessons.checks._wording import (
+    CORRECT,
+    describe_type,
+    dtype_remark,
+    error_hint,
+    explain,
+    type_problem,
+    with_remark,
+)
+
 HERE = str(Path(__file__).parent)
 NOT_ATTEMPTED = "not attempted yet"
-CORRECT = "correct"
-TOLERANCES = {
-    torch.float64: dict(rtol=1e-10, atol=1e-12),
-    torch.float32: dict(rtol=1e-4, atol=1e-5),
-    torch.bfloat16: dict(rtol=2e-2, atol=1e-2),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One input. `says` describes it to the learner."""
-
-    says: str
-    inputs: dict[str, object]  # positional arguments by name, in order
-    options: dict[str, object] = field(default_factory=dict)  # keyword arguments
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,18 @@ class Wrong:
     name: str
     function: Callable
     hint: str
+
+
+def with_epsilon(function: Callable[[float], Callable], why: str) -> tuple[Wrong, ...]:
+    """The wrong answers that add a small number: `function` makes one of it, and `why` says what is to be done."""
+    return tuple(
+        Wrong(
+            f"an epsilon of {eps:g}",
+            function(eps),
+            f"You add {eps:g} so that nothing is 0. That changes every result a little, and the rarest a lot: {why}",
+        )
+        for eps in (1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12)
+    )
 
 
 class Hint(AssertionError):
@@ -60,22 +68,6 @@ class Hint(AssertionError):
         return [f"in {frame.name}, line {frame.lineno}:    {frame.line}" for frame in own[-1:]]
 
 
-class Refused(Exception):
-    """Raised by a check's own adapter: the answer cannot be tried, and the message says why."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a function did with one input."""
-
-    results: tuple[Tensor, ...] = ()
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    problem: str = ""  # a hint: the answer cannot be compared with the truth
-    remark: str = ""  # what is unusual about a return value that can be compared all the same
-    error: Exception | None = None
-    attempted: bool = True
-
-
 @dataclass(frozen=True)
 class Check:
     """One exercise: calling it prints "not attempted yet" or "correct", or raises AssertionError, a `Hint`."""
@@ -88,6 +80,7 @@ class Check:
     constants: tuple[str, ...] = ()  # arguments into which none may flow
     outputs: tuple[str, ...] = ("result",)
     adapt: Callable[[object], Callable] = lambda answer: answer  # what the learner wrote -> a function of the inputs
+    explains: str = ""  # of a hunt: what the fault did, why nobody noticed, and what would have shown it
 
     def __call__(self, answer: object) -> None:
         """Judge the learner's function."""
@@ -96,7 +89,7 @@ class Check:
                 f"checks.{self.name} wants the function itself, not what it returns: leave out the (...) after its "
                 f"name. It got {describe_type(answer)}."
             )
-        print(self.judge(self.adapt(answer)))
+        report(self.name, self.judge(self.adapt(answer)), self.explains)
 
     def judge(self, function: Callable) -> str:
         """NOT_ATTEMPTED or CORRECT; AssertionError otherwise."""
@@ -114,9 +107,11 @@ class Check:
         known = self.known_hint(answers, failing)
         if known is None and all(map(right_in_value, answers, truths)):
             return with_remark(answers[0].remark or dtype_remark(answers[first], truths[first]))
+        where = f"It is right on {len(cases) - len(failing)} of {len(cases)} inputs; the first wrong one: "
         hint = known or explain(
-            self, cases[first], answers[first], truths[first], right=len(cases) - len(failing), total=len(cases)
-        )
+            cases[first], answers[first], truths[first], outputs=self.outputs, constants=self.constants,
+            where=f"{where}{cases[first].says}.",
+        )  # fmt: skip
         raise Hint(hint) from answers[first].error
 
     def known_hint(self, answers: list[Outcome], failing: list[int]) -> str | None:
@@ -126,15 +121,24 @@ class Check:
         yes or no, on all inputs, since two such answers agree too easily. Of several, the one that agrees most often.
         """
         yes_or_no = any(x.dtype == torch.bool for x in answers[failing[0]].results)
-        best, most = None, 0
-        for wrong in self.wrong:
-            same_here = list(map(agree, wrong_outcomes(self, wrong), answers))
-            needed = len(answers) if yes_or_no else failing[0] + 1
-            if not all(same_here[:needed]) or 2 * sum(same_here[i] for i in failing) < len(failing):
-                continue
-            if sum(same_here) > most:
-                best, most = wrong.hint, sum(same_here)
-        return best
+        needed = len(answers) if yes_or_no else failing[0] + 1
+        # Whether arguments are held constant is a question of its own: a known mistake is known with and without it.
+        for seen in (lambda outcome: outcome, self.without_constants) if self.constants else (lambda outcome: outcome,):
+            best, most = None, 0
+            for wrong in self.wrong:
+                same_here = [agree(seen(w), seen(a)) for w, a in zip(wrong_outcomes(self, wrong), answers, strict=True)]
+                if not all(same_here[:needed]) or 2 * sum(same_here[i] for i in failing) < len(failing):
+                    continue
+                if sum(same_here) > most:
+                    best, most = wrong.hint, sum(same_here)
+            if best is not None:
+                return best
+        return None
+
+    def without_constants(self, outcome: Outcome) -> Outcome:
+        """The outcome less the gradients that flow into what is to be held constant."""
+        kept = {name: gradient for name, gradient in outcome.gradients.items() if name not in self.constants}
+        return replace(outcome, gradients=kept)
 
     def observe(self, function: Callable, case: Case) -> Outcome:
         """Run it on fresh copies: once plainly, and once more with gradients where they matter."""
@@ -196,6 +200,13 @@ class Check:
         return Outcome(results, {n: z if g is None else g for n, g, z in zip(watched, grads, zeros, strict=True)})
 
 
+def report(name: str, verdict: str, explains: str = "") -> None:
+    """Print what came of the check `name`, and what there is to know once it is solved: the one place for it."""
+    print(verdict)
+    if explains and verdict.startswith(CORRECT):
+        print(f"\n{fill(explains, width=100)}")
+
+
 @cache
 def outcomes(check: Check, function: Callable) -> list[Outcome]:
     """What a function does with every input of a check."""
@@ -219,38 +230,6 @@ class NoNumpy(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def as_tuple(returned: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """One tensor or several, as a tuple."""
-    return (returned,) if isinstance(returned, Tensor) else tuple(returned)
-
-
-def right_in_value(answer: Outcome, truth: Outcome) -> bool:
-    """Whether the numbers agree as far as the coarser of the dtypes can tell, whatever the dtypes are."""
-    if answer.problem or len(answer.results) != len(truth.results) or answer.gradients.keys() != truth.gradients.keys():
-        return False
-    pairs = list(zip(answer.results, truth.results, strict=True))
-    coarsest = max((tolerance_of(x) for pair in pairs for x in pair), key=lambda tolerance: tolerance["rtol"])
-    pairs += [(answer.gradients[name], gradient) for name, gradient in truth.gradients.items()]
-    return all(
-        x.shape == y.shape
-        and not (y.dtype == torch.bool and x.is_floating_point())
-        and torch.allclose(x.to(y.dtype), y, equal_nan=True, **coarsest)
-        for x, y in pairs
-    )
-
-
-def dtype_remark(answer: Outcome, truth: Outcome) -> str:
-    """A remark on the first result whose dtype is not that of the inputs."""
-    dtypes = ((x.dtype, y.dtype) for x, y in zip(answer.results, truth.results, strict=True))
-    got, usual = next((got, usual) for got, usual in dtypes if got != usual)
-    return f"{usual} is usual here, and yours is {got}: torch.zeros_like(x) or x.new_zeros(...) takes over the input's"
-
-
-def with_remark(remark: str) -> str:
-    """What is printed of a right answer."""
-    return f"{CORRECT}; {remark}" if remark else CORRECT
-
-
 def copy_of(value: object) -> object:
     """A tensor with numbers of its own, laid out in memory as before; anything else as it is."""
     return value.detach().clone() if isinstance(value, Tensor) else value
@@ -259,171 +238,6 @@ def copy_of(value: object) -> object:
 def cotangent(x: Tensor) -> Tensor:
     """Fixed weights of x's shape, no two alike: the gradient then sees every entry of x by itself."""
     return torch.linspace(0.5, 1.5, max(x.numel(), 2), dtype=x.dtype)[: x.numel()].view(x.shape)
-
-
-def unchanged(value: object, before: object) -> bool:
-    """Whether an argument still holds the numbers it came with."""
-    return not isinstance(before, Tensor) or same(value, before, rtol=0, atol=0)
-
-
-def same(x: Tensor, y: Tensor, **tolerances: float) -> bool:
-    """Whether shape, dtype and numbers agree; NaN agrees with NaN."""
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return False
-    return torch.allclose(x, y, equal_nan=True, **(tolerances or tolerance_of(x)))
-
-
-def tolerance_of(x: Tensor) -> dict[str, float]:
-    """How closely numbers of this dtype must agree."""
-    return TOLERANCES.get(x.dtype, dict(rtol=0, atol=0))
-
-
-def agree(one: Outcome, other: Outcome) -> bool:
-    """Whether two functions did the same with an input: values, gradients, or the same problem."""
-    if one.problem != other.problem or len(one.results) != len(other.results):
-        return False
-    if not all(map(same, one.results, other.results)):
-        return False
-    shared = one.gradients.keys() & other.gradients.keys()
-    return len(one.gradients) == len(other.gradients) and all(
-        same(one.gradients[name], other.gradients[name]) for name in shared
-    )
-
-
-def describe_type(value: object) -> str:
-    """What a value is, for a message: "a numpy array", "a float", ..."""
-    if type(value).__module__ == "numpy":
-        return "a numpy array" if type(value).__name__ == "ndarray" else "a numpy number"
-    if value is None:
-        return "None"
-    name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def type_problem(returned: object, outputs: tuple[str, ...]) -> str:
-    """The hint for a return value that is not made of tensors, or not of as many as expected; "" if it is."""
-    if returned is None:
-        return "Your function returns None: is its last line a return?"
-    if len(outputs) == 1:
-        if isinstance(returned, Tensor):
-            return ""
-        return f"Your function returns {describe_type(returned)}; a torch.Tensor is wanted."
-    wanted = f"a tuple ({', '.join(outputs)}) of tensors is wanted"
-    if not isinstance(returned, tuple):
-        return f"Your function returns {describe_type(returned)}; {wanted}."
-    if len(returned) != len(outputs) or not all(isinstance(x, Tensor) for x in returned):
-        return f"Your function returns ({', '.join(describe_type(x) for x in returned)}); {wanted}."
-    return ""
-
-
-def error_hint(error: Exception) -> str:
-    """What to say of an exception that the learner's code raised."""
-    if isinstance(error, Refused):
-        return str(error)
-    text = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-    if isinstance(error, TypeError) and text == "numpy":
-        return (
-            "Your function turns a tensor into a numpy array. That cuts it off from the gradient and from the GPU; "
-            "torch has the same operation."
-        )
-    if "leaf Variable that requires grad" in text or "is at version" in text:
-        return f"Your function changes a tensor in place that the gradient still needs: work on a copy. ({text[:160]})"
-    advice = ""
-    if "view size is not compatible" in text:
-        advice = " The input is not contiguous in memory: .reshape takes it, .view does not."
-    return f"Your function raised {type(error).__name__}: {text[:200]}.{advice}"
-
-
-def explain(check: Check, case: Case, answer: Outcome, truth: Outcome, *, right: int, total: int) -> str:
-    """The hint for an answer that no known misconception explains."""
-    where = f"It is right on {right} of {total} inputs; the first wrong one: {case.says}."
-    if answer.problem:
-        return f"{answer.problem} {where}"
-    for name, got, expected in zip(check.outputs, answer.results, truth.results, strict=True):
-        if not same(got, expected):
-            return f"{difference(name, got, expected, case)} {where}\n{show(case)}\n{both(name, got, expected)}"
-    for name, got in answer.gradients.items():
-        if not same(got, truth.gradients[name]):
-            return f"{gradient_difference(check, name, got)} {where}\n{show(case)}\n" + both(
-                f"gradient by {name}", got, truth.gradients[name]
-            )
-    raise RuntimeError("explain was asked about an answer that is right")
-
-
-def gradient_difference(check: Check, name: str, got: Tensor) -> str:
-    """A sentence on a wrong gradient under right values."""
-    if name in check.constants:
-        return f"The value is right, but gradient flows into {name}, which is to be held constant: .detach() it."
-    if got.isnan().any():
-        return (
-            f"The value is right, but its gradient by {name} has NaN in it: what is masked must be replaced before it "
-            "is used, not after."
-        )
-    return f"The value is right, but its gradient by {name} is not: is a part of the formula detached?"
-
-
-def difference(name: str, got: Tensor, expected: Tensor, case: Case) -> str:
-    """A sentence on how a result differs, as far as can be told without knowing the mistake."""
-    if got.shape != expected.shape:
-        return f"{name}: wrong shape. Expected {tuple(expected.shape)}, got {tuple(got.shape)}."
-    if got.dtype != expected.dtype:
-        return (
-            f"{name}: wrong dtype. Expected {expected.dtype}, got {got.dtype}. A new tensor takes its dtype "
-            "from an input with torch.zeros_like(x), x.new_zeros(...) or dtype=x.dtype."
-        )
-    mask = case.inputs.get("mask")
-    masked = isinstance(mask, Tensor) and not mask.all()
-    if got.isnan().any() and not expected.isnan().any():
-        reason = " from under the padding: 0·NaN is NaN, so use torch.where(mask, x, 0) before" if masked else ""
-        return f"{name}: there is NaN in it{reason}."
-    if masked and got.shape == mask.shape and same(torch.where(mask, got, 0), torch.where(mask, expected, 0)):
-        return f"{name}: right on the real tokens, but it must be 0 where mask is False."
-    if same(got, expected, rtol=1e-4, atol=1e-5):
-        return (
-            f"{name}: right to a few digits only. Is a step computed in lower precision than {got.dtype}? (Also "
-            "torch.where of two Python numbers makes float32.)"
-        )
-    factor = constant_factor(got, expected)
-    if factor == -1:
-        return f"{name}: the sign of everything is flipped."
-    if factor is not None:
-        return f"{name}: {factor:.3g} times what it should be, everywhere."
-    return f"{name}: wrong, in a way that this check has no name for."
-
-
-def constant_factor(got: Tensor, expected: Tensor) -> float | None:
-    """c where got = c·expected throughout, else None."""
-    if got.numel() == 0 or not expected.dtype.is_floating_point or not expected.any():
-        return None
-    where = expected.abs().argmax()
-    factor = round((got.flatten()[where] / expected.flatten()[where]).item(), 6)
-    if got.numel() == 1 and factor != -1:  # one number is always a multiple of another
-        return None
-    return factor if math.isfinite(factor) and factor and same(got, factor * expected, rtol=1e-4, atol=1e-6) else None
-
-
-def show(case: Case) -> str:
-    """The input in numbers."""
-    return "\n".join(f"    {name} = {numbers(value)}" for name, value in (case.inputs | case.options).items())
-
-
-def both(name: str, got: Tensor, expected: Tensor) -> str:
-    """A result beside the truth, in numbers."""
-    return f"    {name}: expected {numbers(expected)}\n    {' ' * len(name)}       got {numbers(got)}"
-
-
-def numbers(value: object) -> str:
-    """A value in at most 400 characters, its numbers to 4 digits."""
-    if not isinstance(value, Tensor):
-        return repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
-    rounded = value.tolist() if not value.dtype.is_floating_point else round_nested(value.double().tolist())
-    text = str(rounded)
-    return text if len(text) <= 400 else f"{text[:400]} ..., a tensor of shape {tuple(value.shape)}"
-
-
-def round_nested(x: list | float) -> list | float:
-    """Nested lists of floats, to 4 digits."""
-    return [round_nested(y) for y in x] if isinstance(x, list) else float(f"{x:.4g}")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Lesson 01: log-probabilities of the tokens that were chosen."""
 
+import math
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lessons import policy_gradient
-from rlhf_lessons.checks._harness import Case, Check, Wrong
+from rlhf_lessons.checks._harness import Case, Check, Wrong, with_epsilon
 from rlhf_lessons.checks._inputs import Draw, transposed
 from rlhf_lessons.rollout import reference_logits
 
@@ -91,6 +92,57 @@ action_log_probs = Check(
             "Ordinary logits are right, logits hundreds apart are not: softmax rounds to 0 there and its "
             "logarithm is −∞. log_softmax, or z − logsumexp z, does both in one stable step.",
         ),
+        Wrong(
+            "the mean loss",
+            lambda z, a: -policy_gradient.action_log_probs(z, a).mean(),
+            "You return a single number, as F.cross_entropy does by default. Wanted is log π of each token, (B, T): "
+            "no mean, and no minus.",
+        ),
+        Wrong(
+            "the whole distribution",
+            lambda z, a: z.log_softmax(-1),
+            "You return the log-probabilities of all words, (B, T, V). Pick the entry that belongs to the token in "
+            "actions.",
+        ),
+        Wrong(
+            "a dimension left over",
+            lambda z, a: z.log_softmax(-1).gather(-1, a[..., None]),
+            "gather leaves a last dimension of 1: the result is (B, T, 1). Beside a (B, T) tensor that broadcasts to "
+            "something else without a word: squeeze(-1).",
+        ),
+        Wrong(
+            "squeezed everywhere",
+            lambda z, a: z.log_softmax(-1).gather(-1, a[..., None]).squeeze(),
+            "Three rows are right, one row is not: squeeze() drops every dimension of size 1, the batch too. "
+            "squeeze(-1) drops the last alone.",
+        ),
+        Wrong(
+            "normalised twice",
+            lambda z, a: picked(z.softmax(-1).log_softmax(-1), a),
+            "You normalise twice: log_softmax wants logits, and it was given the output of softmax.",
+        ),
+        Wrong(
+            "the wrong base",
+            lambda z, a: picked(z.log_softmax(-1), a) / math.log(2),
+            "Everything is 1.44 times too large: these are logarithms to the base 2. All formulas here use the "
+            "natural one.",
+        ),
+        Wrong(
+            "less the largest",
+            lambda z, a: picked(z - z.amax(-1, keepdim=True), a),
+            "You subtract the largest logit. That makes the sum safe to compute, but it does not normalise: subtract "
+            "the logsumexp.",
+        ),
+        Wrong(
+            "log of the picked softmax",
+            lambda z, a: picked(z.softmax(-1), a).log(),
+            "Ordinary logits are right, logits hundreds apart are not: the probability that you pick has been rounded "
+            "to 0, and its logarithm is −∞. log_softmax, or z − logsumexp z, never holds the probability itself.",
+        ),
+        *with_epsilon(
+            lambda eps: lambda z, a: (picked(z.softmax(-1), a) + eps).log(),
+            "log_softmax is exact without it.",
+        ),
     ),
 )
 
@@ -140,6 +192,14 @@ shift_by_one = Check(
     reference=response_log_probs,
     cases=shift_cases,
     gradient_of=("logits",),
+    explains=(
+        "The fault looked each token up in the logits that were computed after it had been read. The numbers were "
+        "finite, negative and of the right shape, so nothing crashed: in the lesson only, the model found its own "
+        'tokens surprising, "the" at −9.80 where −0.20 was recorded. '
+        "In training, old and new log-probabilities would be wrong alike: the first ratio is 1 all the same, and the "
+        "gradient teaches something else. In a log, compare the mean log-probability with minus the entropy of the "
+        "policy: on its own samples the two must agree."
+    ),
     wrong=(
         Wrong(
             "not shifted",
@@ -178,6 +238,38 @@ shift_by_one = Check(
             "logits instead of log-probabilities",
             lambda z, y, p: picked(z[:, p - 1 : -1], y[:, p:]),
             "The positions are right, but these are logits: the log_softmax over the vocabulary has gone.",
+        ),
+        Wrong(
+            "probabilities",
+            lambda z, y, p: picked(z[:, p - 1 : -1].softmax(-1), y[:, p:]),
+            "The positions are right, but these are probabilities: the logarithm has gone.",
+        ),
+        Wrong(
+            "the sign",
+            lambda z, y, p: -picked(z[:, p - 1 : -1].log_softmax(-1), y[:, p:]),
+            "The positions are right, but the sign has changed: log-probabilities are never positive.",
+        ),
+        Wrong(
+            "cut from the start",
+            lambda z, y, p: picked(z[:, : y.shape[1] - p].log_softmax(-1), y[:, p:]),
+            "You take the logits at the start of the text, where the prompt is. The first that counts is at its last "
+            "token, P − 1.",
+        ),
+        Wrong(
+            "summed",
+            lambda z, y, p: picked(z[:, p - 1 : -1].log_softmax(-1), y[:, p:]).sum(-1),
+            "The positions are right, but you sum over them: one number per token is wanted, (B, T).",
+        ),
+        Wrong(
+            "the last dimension lost",
+            lambda z, y, p: z[:, p - 1 : -1].log_softmax(-1).gather(-1, y[:, p:, None]).squeeze(),
+            "The shift is right, but squeeze() also drops a batch of one row or a response of one token: squeeze(-1).",
+        ),
+        Wrong(
+            "the tokens of the prompt",
+            lambda z, y, p: picked(z[:, :-1].log_softmax(-1), y[:, :-1]),
+            "The logits are cut as they should be, and so are the tokens: each token is now looked up in the logits "
+            "computed after it.",
         ),
     ),
 )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lessons import preferences
-from rlhf_lessons.checks._harness import Case, Check, Wrong
+from rlhf_lessons.checks._harness import Case, Check, Wrong, with_epsilon
 from rlhf_lessons.checks._inputs import Draw, prefix_mask, under_padding
 from rlhf_lessons.models import RewardModel
 
@@ -101,6 +101,56 @@ bradley_terry_loss = Check(
             "Ordinary scores are right, scores hundreds apart are not: sigmoid rounds to 0 there and its "
             "logarithm is −∞. F.logsigmoid does both in one stable step.",
         ),
+        Wrong(
+            "every chosen with every rejected",
+            lambda c, r: -F.logsigmoid(c[:, None] - r[None, :]).mean(),
+            "One pair is right, several are not: you compare every chosen answer with every rejected one, (N, N), "
+            "those to other prompts too. Is there a dimension too many? Pair i is chosen[i] and rejected[i].",
+        ),
+        Wrong(
+            "exponentials divided",
+            lambda c, r: -(c.exp() / (c.exp() + r.exp())).log().mean(),
+            "Ordinary scores are right, scores hundreds apart are not: e^a overflows and ∞/∞ is NaN. Divide by e^a on "
+            "paper: what is left depends on the difference alone, and F.logsigmoid takes it.",
+        ),
+        Wrong(
+            "the wrong base",
+            lambda c, r: -F.logsigmoid(c - r).mean() / math.log(2),
+            "Everything is 1.44 times too large: this is the logarithm to the base 2, and wanted is the natural one.",
+        ),
+        Wrong(
+            "half the loss",
+            lambda c, r: -F.logsigmoid(c - r).mean() / 2,
+            "Everything is half as large as it should be: you divide by the number of texts. The mean is over the "
+            "pairs.",
+        ),
+        Wrong(
+            "the loss of the square",
+            lambda c, r: (1 - torch.sigmoid(c - r)).square().mean(),
+            "This is the squared error of the probability (the Brier score). Its gradient vanishes where the model is "
+            "most wrong; −log σ does not.",
+        ),
+        Wrong(
+            "clamped",
+            lambda c, r: -F.logsigmoid((c - r).clamp(-10, 10)).mean(),
+            "Ordinary scores are right, scores hundreds apart are not: a clamp has cut them off, and with them the "
+            "gradient of the pairs that are most wrong. F.logsigmoid is stable as it is.",
+        ),
+        Wrong(
+            "softmax twice",
+            lambda c, r: -torch.stack([c, r], -1).softmax(-1).log_softmax(-1)[..., 0].mean(),
+            "You take the softmax twice: F.cross_entropy and log_softmax want scores, not probabilities.",
+        ),
+        Wrong(
+            "over the wrong dimension",
+            lambda c, r: -torch.stack([c, r], -1).log_softmax(0)[..., 0].mean(),
+            "The probabilities are taken over the pairs, not over the two answers of a pair: the softmax has the "
+            "wrong dimension.",
+        ),
+        *with_epsilon(
+            lambda eps: lambda c, r: -(torch.sigmoid(c - r) + eps).log().mean(),
+            "F.logsigmoid is exact without it.",
+        ),
     ),
 )
 
@@ -152,6 +202,13 @@ last_real_token = Check(
     reference=last_real_score,
     cases=last_token_cases,
     gradient_of=("token_scores",),
+    explains=(
+        "The fault read the score of the last position, which in a row padded on the right is a padding token. A text "
+        "of full length was right, and so was every text by itself; only in a batch did the shorter ones lose, from "
+        "73% of the pairs down to 62%. "
+        "Nothing crashes, and in PPO the noise would look like a weak reward model: one that pays for length, or for "
+        "nothing. In a log, score the same text alone and in a batch, and compare."
+    ),
     wrong=(
         Wrong(
             "the last position",
@@ -188,6 +245,33 @@ last_real_token = Check(
             "the sum over the real tokens",
             lambda s, mask: torch.where(mask, s, 0).sum(1),
             "You sum over the real tokens, so that long texts score more. The score is read at one of them, the last.",
+        ),
+        Wrong(
+            "the mask multiplied on",
+            lambda s, m: (s * (m & ~F.pad(m[:, 1:], (0, 1)))).sum(1),
+            "Numbers under the padding do no harm, NaN does: 0·NaN is NaN. Pick the entry, or replace the others with "
+            "torch.where.",
+        ),
+        Wrong(
+            "counted from the right, not turned back",
+            lambda s, m: s.gather(1, m.flip(1).long().argmax(1, keepdim=True)).squeeze(1),
+            "argmax over the flipped mask counts from the right-hand end. It has to be turned back: L − 1 minus it.",
+        ),
+        Wrong(
+            "the largest real score",
+            lambda s, m: torch.where(m, s, -torch.inf).amax(1),
+            "You take the largest score of a real token. Where it stands says nothing; wanted is that of the last one.",
+        ),
+        Wrong(
+            "the first position",
+            lambda s, m: s[:, 0],
+            "You read the first position. That token has read nothing of the text after it.",
+        ),
+        Wrong(
+            "a dimension left over",
+            lambda s, m: s.gather(1, torch.where(m, torch.arange(m.shape[1]), -1).amax(1, keepdim=True)),
+            "The right entry, but (B, 1): squeeze the last dimension, or a difference of two such results with a (B,) "
+            "tensor becomes (B, B).",
         ),
     ),
 )

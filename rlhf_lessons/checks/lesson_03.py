@@ -120,6 +120,43 @@ policy_gradient_loss = Check(
             "The value is right, but gradient also flows into the weights. They are numbers that came from the "
             "environment: weights.detach().",
         ),
+        Wrong(
+            "divided by the number of steps",
+            lambda lp, w, mask=None: -(real(lp, mask) * real(w, mask).detach()).sum(0).mean(),
+            "You divide by the number of steps where the number of episodes is wanted: sum over dim 1, mean over dim "
+            "0.",
+        ),
+        Wrong(
+            "one loss per episode",
+            lambda lp, w, mask=None: -(real(lp, mask) * real(w, mask).detach()).sum(1),
+            "You return one loss per episode; average them to a scalar.",
+        ),
+        Wrong(
+            "one loss per token",
+            lambda lp, w, mask=None: -(real(lp, mask) * real(w, mask).detach()),
+            "You return one loss per token. Sum over the steps, then average over the episodes.",
+        ),
+        Wrong(
+            "the weights forgotten",
+            lambda lp, w, mask=None: -real(lp, mask).sum() / len(lp),
+            "The weights are not used: this makes everything that was sampled likelier, the bad as well as the good.",
+        ),
+        Wrong(
+            "the log-probabilities detached",
+            lambda lp, w, mask=None: -(real(lp, mask).detach() * real(w, mask)).sum() / len(lp),
+            "You detach the log-probabilities and leave the weights attached. It is the other way round: the gradient "
+            "goes through log π.",
+        ),
+        Wrong(
+            "the weights added",
+            lambda lp, w, mask=None: -(real(lp, mask) + real(w, mask).detach()).sum() / len(lp),
+            "You add the weights. Each log-probability is multiplied by its weight.",
+        ),
+        Wrong(
+            "the sign of the weights lost",
+            lambda lp, w, mask=None: -(real(lp, mask) * real(w, mask).detach().abs()).sum() / len(lp),
+            "The weights have lost their sign: an action that did badly is to become less likely.",
+        ),
     ),
 )
 
@@ -157,6 +194,13 @@ gradient_through_return = Check(
     reference=surprise_loss,
     cases=return_cases,
     gradient_of=("log_probs",),
+    explains=(
+        "The fault let gradient flow through the return as well. There it adds b times the gradient of log π, "
+        "weighted with log π itself, and the policy settled at 67% for the best token where 87% is right: as if the "
+        "bonus were twice as large. "
+        "The loss had the right value throughout, so no curve of it could tell. What shows it is a known answer (here "
+        "softmax(score/b)), or an assertion that returns.requires_grad is False."
+    ),
     wrong=(
         Wrong(
             "through the return",
@@ -192,6 +236,27 @@ gradient_through_return = Check(
             "the sign",
             lambda lp, scores, *, bonus: -surprise_terms(lp, (scores - bonus * lp.sum(1)).detach()),
             "The return is constant now, but the loss has lost its minus.",
+        ),
+        Wrong(
+            "the bonus subtracted",
+            lambda lp, scores, *, bonus: surprise_terms(lp, (scores + bonus * lp.sum(1)).detach()),
+            "The return is constant now, but the bonus has changed its sign: surprise is −log π, and it is paid.",
+        ),
+        Wrong(
+            "the mean over the steps",
+            lambda lp, scores, *, bonus: -(lp * (scores - bonus * lp.sum(1)).detach()[:, None]).mean(),
+            "The return is constant now, but the loss is a mean over all tokens. It was a sum over the steps, then a "
+            "mean over the texts.",
+        ),
+        Wrong(
+            "the mean bonus",
+            lambda lp, scores, *, bonus: surprise_terms(lp, (scores - bonus * lp.mean(1)).detach()),
+            "The return is constant now, but it holds the mean of the bonuses where it held their sum.",
+        ),
+        Wrong(
+            "summed over the texts",
+            lambda lp, scores, *, bonus: len(lp) * surprise_terms(lp, (scores - bonus * lp.sum(1)).detach()),
+            "The return is constant now, but you sum over the texts where their mean is wanted.",
         ),
     ),
 )

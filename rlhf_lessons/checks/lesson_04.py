@@ -9,6 +9,7 @@ from torch import Tensor
 from rlhf_lessons import baselines, policy_gradient
 from rlhf_lessons.checks._harness import Case, Check, Wrong
 from rlhf_lessons.checks._inputs import Draw, prefix_mask, transposed, under_padding
+from rlhf_lessons.checks.lesson_03 import real
 
 OfSteps = Callable[[Tensor, Tensor], Tensor]  # a number, or yes or no, for each pair of steps t and u
 
@@ -122,6 +123,47 @@ reward_to_go = Check(
             "The padding of the result is 0, as it should be, but the padding of the rewards was already in the "
             "sums: mask the rewards before the recursion.",
         ),
+        Wrong(
+            "the mask multiplied on",
+            lambda r, mask=None, *, gamma: (
+                policy_gradient.reward_to_go(r if mask is None else r * mask, gamma=gamma)
+                * (1 if mask is None else mask)
+            ),
+            "Numbers under the padding of the rewards do no harm, NaN does: 0·NaN is NaN. Replace with "
+            "torch.where(mask, x, 0) "
+            "instead of multiplying by the mask.",
+        ),
+        Wrong(
+            "the last step left out",
+            lambda r, mask=None, *, gamma: torch.cat(
+                [policy_gradient.reward_to_go(real(r, mask), gamma=gamma)[:, :-1], torch.zeros_like(r[:, :1])], dim=1
+            ),
+            "The last step is 0: the recursion starts at T − 2 there, or writes nothing for it. G of the last step is "
+            "its reward.",
+        ),
+        Wrong(
+            "γ forgotten, 0.99 for it",
+            lambda r, mask=None, *, gamma: policy_gradient.reward_to_go(r, mask, gamma=0.99),
+            "A γ of 0.99 stands in your code: use the argument.",
+        ),
+        Wrong(
+            "one return per episode",
+            lambda r, mask=None, *, gamma: policy_gradient.reward_to_go(r, mask, gamma=gamma)[:, 0],
+            "You return the return of each episode, (B,). Wanted is one number per step, (B, T): what comes from "
+            "there on.",
+        ),
+        Wrong(
+            "summed over the batch",
+            lambda r, mask=None, *, gamma: policy_gradient.reward_to_go(real(r, mask).T, gamma=gamma).T,
+            "You sum over dim 0, so that one episode collects the rewards of the others. Time is dim 1.",
+        ),
+        Wrong(
+            "the mean of what follows",
+            lambda r, mask=None, *, gamma: (
+                policy_gradient.reward_to_go(r, mask, gamma=gamma) / torch.arange(r.shape[1], 0, -1)
+            ),
+            "You take the mean of the rewards that follow where their sum is wanted.",
+        ),
     ),
 )
 
@@ -149,6 +191,12 @@ peeking_baseline = Check(
     name="peeking_baseline",
     reference=leave_one_out_advantages,
     cases=peeking_cases,
+    explains=(
+        "The fault let each sample take part in its own baseline. Then what is left is (K−1)/K of what it should be: "
+        "with K = 2 the direction was right, cosine 1.00, and the gradient half as long as the true one. So it went "
+        "unnoticed: a run learns, but as if its learning rate had been halved. No curve in a log says so; what does "
+        "is the gradient beside an exact one, or a test with two samples, 1 and 0, whose advantages must be 1 and −1."
+    ),
     wrong=(
         Wrong(
             "the mean over all K",
@@ -198,6 +246,38 @@ peeking_baseline = Check(
             lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, correction=0, keepdim=True) + 1e-8),
             "You divide by the standard deviation, as GRPO does. It contains the sample's own return, and so does "
             "the mean.",
+        ),
+        Wrong(
+            "only the count changed",
+            lambda r: r - r.sum(1, keepdim=True) / (r.shape[1] - 1),
+            "You divide by K − 1, but the sum still holds the sample itself: take its own return out of it.",
+        ),
+        Wrong(
+            "the sign",
+            lambda r: baselines.leave_one_out_baseline(r) - r,
+            "The sign is flipped: the return minus the baseline, so that a sample better than the others is positive.",
+        ),
+        Wrong(
+            "the median",
+            lambda r: r - r.median(1, keepdim=True).values,
+            "You subtract the median of all K. The sample itself takes part in it: it still sees the action.",
+        ),
+        Wrong(
+            "the first sample",
+            lambda r: r - r[:, :1],
+            "You subtract the first sample from all. That does not peek for the others, but the first subtracts "
+            "itself and is always 0.",
+        ),
+        Wrong(
+            "the next sample",
+            lambda r: r - r.roll(-1, 1),
+            "You subtract one other sample. That does not peek and is right on average, but it is noisy: with two "
+            "samples it is right, with more average all the others.",
+        ),
+        Wrong(
+            "the sum instead of the mean of all",
+            lambda r: r - r.sum(1, keepdim=True),
+            "You subtract the sum of all K returns. Wanted is the mean, and of the others only.",
         ),
     ),
 )

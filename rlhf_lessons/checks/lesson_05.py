@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_lessons import advantages
+from rlhf_lessons import advantages, policy_gradient
 from rlhf_lessons.checks._harness import Case, Check, Wrong
 from rlhf_lessons.checks._inputs import Draw, prefix_mask, transposed, under_padding
+from rlhf_lessons.masking import masked_whiten
 
 # --- Exercise: gae -----------------------------------------------------------------------------
 
@@ -96,6 +97,42 @@ def forwards(
     result = torch.stack(steps, dim=1)
     mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     return tuple(torch.where(mask, x, 0) for x in (result, result + values))
+
+
+def with_next(following: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """GAE whose next values are made of all values in another way, the padding cut out of them first."""
+
+    def wrong_gae(rewards, values, mask=None, *, gamma, lam):
+        if mask is not None:
+            rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
+        delta = rewards + gamma * following(values) - values
+        delta = delta if mask is None else torch.where(mask, delta, 0)
+        result = policy_gradient.reward_to_go(delta, gamma=gamma * lam)
+        return result, result + values
+
+    return wrong_gae
+
+
+wrapped_around = with_next(lambda values: values.roll(-1, 1))
+bootstrapped = with_next(lambda values: torch.cat([values[:, 1:], values[:, -1:]], dim=1))
+shifted_back = with_next(lambda values: F.pad(values[:, :-1], (1, 0)))
+
+
+def multiplied(
+    rewards: Tensor, values: Tensor, mask: Tensor | None = None, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """The mask multiplied on rewards and values, and on the results."""
+    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+    both = advantages.gae(rewards * mask, values * mask, gamma=gamma, lam=lam)
+    return tuple(x * mask for x in both)
+
+
+def whitened(
+    rewards: Tensor, values: Tensor, mask: Tensor | None = None, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages with mean 0 and variance 1, and the right returns."""
+    result, returns = advantages.gae(rewards, values, mask, gamma=gamma, lam=lam)
+    return masked_whiten(result, torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask), returns
 
 
 gae = Check(
@@ -208,6 +245,94 @@ gae = Check(
             "V after the end is 0, as it should be, but the residuals of the padding are still summed: set δ to 0 "
             "where mask is False, before the recursion.",
         ),
+        Wrong(
+            "rolled around",
+            wrapped_around,
+            "The last step is wrong: values.roll(-1) puts the first value behind the last step. After the end there "
+            "is no state, and V is 0: shift in a zero.",
+        ),
+        Wrong(
+            "the last value bootstrapped",
+            bootstrapped,
+            "The last step is wrong: δ looks at V of the last state once more, as if the episode went on. It ends "
+            "there, and the next value is 0.",
+        ),
+        Wrong(
+            "reward-to-go as returns",
+            lambda r, v, mask=None, *, gamma, lam: (
+                advantages.gae(r, v, mask, gamma=gamma, lam=lam)[0],
+                policy_gradient.reward_to_go(r, mask, gamma=gamma),
+            ),
+            "The advantages are right. Your returns are the reward-to-go, and λ = 1 agrees, but elsewhere the target "
+            "is the λ-return, Â + V: less noise, and some bias.",
+        ),
+        Wrong(
+            "the two results swapped",
+            lambda r, v, mask=None, *, gamma, lam: advantages.gae(r, v, mask, gamma=gamma, lam=lam)[::-1],
+            "Both are right and stand in the wrong order: return (advantages, returns).",
+        ),
+        Wrong(
+            "rewards masked, values not",
+            lambda r, v, mask=None, *, gamma, lam: misread(cut_value=False, cut_sum=False)(
+                r if mask is None else torch.where(mask, r, 0), v, mask, gamma=gamma, lam=lam
+            ),
+            "You mask the rewards, but not the values: V under the padding enters δ of the last real step, and the "
+            "sum behind it.",
+        ),
+        Wrong(
+            "values masked, rewards not",
+            lambda r, v, mask=None, *, gamma, lam: misread(cut_value=False, cut_sum=False)(
+                r, v if mask is None else torch.where(mask, v, 0), mask, gamma=gamma, lam=lam
+            ),
+            "You mask the values, but not the rewards: what stands under the padding enters the sum of the real steps.",
+        ),
+        Wrong(
+            "the mask multiplied on",
+            multiplied,
+            "Numbers under the padding of rewards and values do no harm, NaN does: 0·NaN is NaN. Replace with "
+            "torch.where(mask, x, 0) "
+            "instead of multiplying by the mask.",
+        ),
+        Wrong(
+            "whitened",
+            whitened,
+            "Your advantages are whitened already. That is a step of its own, and the returns are made before it.",
+        ),
+        Wrong(
+            "one-step targets",
+            lambda r, v, mask=None, *, gamma, lam: (
+                advantages.gae(r, v, mask, gamma=gamma, lam=lam)[0],
+                advantages.gae(r, v, mask, gamma=gamma, lam=0.0)[1],
+            ),
+            "The advantages are right. Your returns look one step ahead, r + γV(s_{t+1}): the target is Â + V, with "
+            "the same λ.",
+        ),
+        Wrong(
+            "the value before",
+            shifted_back,
+            "You shift the values the wrong way: δ looks at V(s_{t−1}), which is past.",
+        ),
+        Wrong(
+            "in reversed order",
+            lambda r, v, mask=None, *, gamma, lam: tuple(
+                x.flip(1) for x in advantages.gae(r, v, mask, gamma=gamma, lam=lam)
+            ),
+            "Advantages and returns are right and in reversed order: they were collected from the last step back "
+            "and not turned "
+            "round.",
+        ),
+        Wrong(
+            "γ and λ written in",
+            lambda r, v, mask=None, *, gamma, lam: advantages.gae(r, v, mask, gamma=0.99, lam=0.95),
+            "γ = 0.99 and λ = 0.95 stand in your code: use the arguments.",
+        ),
+        Wrong(
+            "the sign",
+            lambda r, v, mask=None, *, gamma, lam: tuple(
+                k * x for k, x in zip((-1, 1), advantages.gae(r, v, mask, gamma=gamma, lam=lam), strict=True)
+            ),
+            "The returns are right, the advantages have the wrong sign: what came minus what was expected.",
+        ),
     ),
 )
 
@@ -276,6 +401,14 @@ next_episode = Check(
     name="next_episode",
     reference=packed_gae,
     cases=packed_cases,
+    explains=(
+        "The fault read the flag of the next step, so that the cut fell before the last step of an episode and that "
+        "step saw the next episode. A reward of 100 in the second episode lifted the advantage of the last token of "
+        "the first from 0.52 to 95.53, while the tokens before it lost sight of their own end. Where rows hold a "
+        "single episode nothing is wrong, and on several the loss merely looks noisy. What shows it is a test such "
+        "as this one: change what must not matter, and look whether anything moves. In a log, look at the spread of "
+        "the advantages on last tokens, beside that on the others."
+    ),
     wrong=(
         Wrong(
             "the flag of the next step",
@@ -315,6 +448,34 @@ next_episode = Check(
             misread_ends(keeps=torch.logical_not),
             "You also drop the reward of the terminal step. That reward is the episode's own; what does not count "
             "is what comes after it.",
+        ),
+        Wrong(
+            "the last step cut off",
+            lambda r, v, end, *, gamma, lam: torch.where(end, 0, packed_gae(r, v, end, gamma=gamma, lam=lam)),
+            "The steps before are right, but the terminal step itself is set to 0. It is real: only what comes after "
+            "it does not count.",
+        ),
+        Wrong(
+            "only the first end",
+            lambda r, v, end, *, gamma, lam: packed_gae(r, v, end & (end.cumsum(1) == 1), gamma=gamma, lam=lam),
+            "One episode in a row is right, several are not: only the first end is heeded.",
+        ),
+        Wrong(
+            "everything after the first end dropped",
+            lambda r, v, end, *, gamma, lam: torch.where(
+                end.cumsum(1) - end.long() == 0, packed_gae(r, v, end, gamma=gamma, lam=lam), 0
+            ),
+            "You treat the rest of the row as padding. The second episode is as real as the first.",
+        ),
+        Wrong(
+            "λ dropped",
+            lambda r, v, end, *, gamma, lam: packed_gae(r, v, end, gamma=gamma, lam=1.0),
+            "The ends are right now, but λ has gone from the recursion.",
+        ),
+        Wrong(
+            "the value of the terminal step dropped",
+            lambda r, v, end, *, gamma, lam: packed_gae(r, torch.where(end, 0, v), end, gamma=gamma, lam=lam),
+            "You set V of the terminal step to 0. That state still has a value; what is 0 is the value after it.",
         ),
     ),
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lessons import importance
-from rlhf_lessons.checks._harness import Case, Check, Wrong
+from rlhf_lessons.checks._harness import Case, Check, Wrong, with_epsilon
 from rlhf_lessons.checks._inputs import Draw, transposed
 
 # --- Exercise: importance_ratio ----------------------------------------------------------------
@@ -88,6 +88,37 @@ importance_ratio = Check(
             "Ordinary probabilities are right, tiny ones are not: both round to 0, and 0/0 is NaN. Subtract the "
             "logarithms first, then take one exponential.",
         ),
+        Wrong(
+            "squeezed",
+            lambda new, old: (new - old).exp().squeeze(),
+            "Several rows are right, a single token is not: squeeze() drops every dimension of size 1. Keep the shape "
+            "(B, T).",
+        ),
+        Wrong(
+            "the mean over the sequence",
+            lambda new, old: (new - old).mean(-1, keepdim=True).exp().expand_as(new),
+            "One token is right, several are not: you average the log-ratios of a row. Each token has its own ratio.",
+        ),
+        Wrong(
+            "first order",
+            lambda new, old: 1 + new - old,
+            "Near 1 it is nearly right, far from it is not: 1 + d is the beginning of the series of exp(d).",
+        ),
+        Wrong(
+            "normalised",
+            lambda new, old: (new - old).exp() / (new - old).exp().sum(),
+            "Your ratios sum to 1: they are normalised over the batch. That makes another estimator, with a bias; "
+            "wanted are the plain ratios.",
+        ),
+        Wrong(
+            "the logarithm of the difference",
+            lambda new, old: (new.exp() - old.exp()).exp(),
+            "You take the exponential of a difference of probabilities. Subtract the logarithms.",
+        ),
+        *with_epsilon(
+            lambda eps: lambda new, old: new.exp() / (old.exp() + eps),
+            "exp of the difference never divides by 0.",
+        ),
     ),
 )
 
@@ -128,6 +159,7 @@ def support_cases() -> list[Case]:
         case("q misses a value where f < 0", [0.5, 0.5], [1.0, 0.0], [1.0, -2.0]),
         case("q misses a value where f = 0", [0.5, 0.5], [1.0, 0.0], [1.0, 0.0]),
         case("q misses a value that p never takes", [1.0, 0.0], [1.0, 0.0], [1.0, 2.0]),
+        case("q misses a value where p and f are 0", [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]),
         case("p misses a value that q takes", [1.0, 0.0], [0.5, 0.5], [1.0, 2.0]),
         case("q gives a value a chance of 1e-9", [0.5, 0.5], [1 - 1e-9, 1e-9], [1.0, 2.0]),
         case("gains and losses under the hole cancel", [0.4, 0.3, 0.3], [1.0, 0.0, 0.0], [1.0, 2.0, -2.0]),
@@ -142,6 +174,13 @@ missing_support = Check(
     reference=has_support,
     cases=support_cases,
     adapt=yes_or_no,
+    explains=(
+        "The fault looked for infinite weights among samples in which there are none: a value that q never gives is "
+        "never drawn, so its weight never appears. The estimate came out at 0.90 ± 0.00 where the truth is 2.90. It "
+        "is the worst kind of error: more samples only make it more certain, and the effective sample size looks "
+        "healthy. In PPO a sampler with top-k or top-p does this. Nothing in a log says so, since all of it is made "
+        "of what was sampled. Look at what was never sampled: does the policy give it any probability?"
+    ),
     wrong=(
         Wrong(
             "always yes",
@@ -190,6 +229,21 @@ missing_support = Check(
             lambda p, q, f: bool(((q > 1e-6) | (p * f == 0)).all()),
             "You call a small q a missing one. With 1e-9 the variance is enormous, but the estimate is unbiased: "
             "only q = 0 is missing support.",
+        ),
+        Wrong(
+            "f and p only together",
+            lambda p, q, f: bool(((q > 0) | ((p == 0) & (f == 0))).all()),
+            "Too strict: a value is harmless where p = 0 or f = 0, not only where both are.",
+        ),
+        Wrong(
+            "the sum under the hole not zero",
+            lambda p, q, f: bool((p * f)[q == 0].sum() <= 0),
+            "You sum p·f over the holes and look at its sign. Each hole counts by itself, whatever its sign.",
+        ),
+        Wrong(
+            "the answer inverted",
+            lambda p, q, f: not bool(((q > 0) | (p * f == 0)).all()),
+            "The condition is right and the answer inverted: True where samples of q can give the expectation.",
         ),
     ),
 )

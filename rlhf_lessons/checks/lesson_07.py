@@ -10,6 +10,7 @@ from rlhf_lessons import ppo
 from rlhf_lessons.checks._harness import Case, Check, Wrong
 from rlhf_lessons.checks._inputs import Draw, prefix_mask, transposed, under_padding
 from rlhf_lessons.checks.lesson_03 import real, tokens_of
+from rlhf_lessons.masking import masked_whiten
 
 # --- Exercise: clipped_policy_loss -------------------------------------------------------------
 
@@ -61,7 +62,7 @@ def misread(
     """The clipped loss with one thing read wrongly; silence: whether the padding is replaced before it is used."""
 
     def wrong_loss(log_probs, old_log_probs, advantages, mask=None, *, clip_eps):
-        new, old, adv = (real(x, mask) if silence else x for x in (log_probs, old_log_probs, advantages))
+        new, old, adv = (real(x, mask) if silence else x for x in (log_probs, old_log_probs, advantages.detach()))
         rho = ratio(new, old)
         return sign * mean(choose(rho * adv, clip(rho, clip_eps) * adv), mask)
 
@@ -74,11 +75,22 @@ def mean_of_rows(terms: Tensor, mask: Tensor | None) -> Tensor:
     return (real(terms, mask).sum(1) / counts).mean()
 
 
+def attached_advantages(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor | None = None, *, clip_eps: float
+) -> Tensor:
+    """The right loss, with the gradient into the advantages left on."""
+    new, old, adv = (real(x, mask) for x in (log_probs, old_log_probs, advantages))
+    rho = (new - old).exp()
+    terms = torch.min(rho * adv, rho.clamp(1 - clip_eps, 1 + clip_eps) * adv)
+    return -real(terms, mask).sum() / tokens_of(terms, mask)
+
+
 clipped_policy_loss = Check(
     name="clipped_policy_loss",
     reference=ppo.clipped_policy_loss,
     cases=clipped_cases,
     gradient_of=("log_probs",),
+    constants=("advantages",),
     wrong=(
         Wrong(
             "max for min",
@@ -163,6 +175,74 @@ clipped_policy_loss = Check(
             "The value is right, but NaN under the padding reaches its gradient: masking after the exponential is "
             "too late. Replace log_probs, old_log_probs and advantages under the padding first.",
         ),
+        Wrong(
+            "the smaller of the ratios",
+            lambda new, old, adv, mask=None, *, clip_eps: misread(
+                choose=lambda whole, clipped: clipped, clip=lambda rho, eps: torch.min(rho, rho.clamp(1 - eps, 1 + eps))
+            )(new, old, adv, mask, clip_eps=clip_eps),
+            "Â > 0 is right, Â < 0 is not: you take the smaller ratio and then multiply. A negative Â turns the order "
+            "round; the min is of the two products.",
+        ),
+        Wrong(
+            "divided by the number of rows",
+            misread(mean=lambda terms, mask: real(terms, mask).sum() / len(terms)),
+            "One token is right, several are not: you sum over a row and divide by the number of rows. The mean is "
+            "over all real tokens.",
+        ),
+        Wrong(
+            "the ratio of the whole sequence",
+            misread(ratio=lambda new, old: (new - old).sum(1, keepdim=True).exp()),
+            "One token is right, several are not: this is the ratio of whole sequences, the product over a row. PPO "
+            "clips each token by its own.",
+        ),
+        Wrong(
+            "the advantages not held constant",
+            attached_advantages,
+            "The value is right, but gradient flows into the advantages. They are made from the critic, so the policy "
+            "loss would train it to praise: advantages.detach().",
+        ),
+        Wrong(
+            "ε written in",
+            misread(clip=lambda rho, eps: rho.clamp(0.8, 1.2)),
+            "ε = 0.2 is right, other values are not: 0.8 and 1.2 stand in your code. Use clip_eps.",
+        ),
+        Wrong(
+            "the log-ratio clipped",
+            misread(clip=lambda rho, eps: rho.log().clamp(-eps, eps).exp()),
+            "You clip the log-ratio to ±ε. That is nearly the same for a small ε, and not the same: the range 1 − ε "
+            "to 1 + ε is one of ratios.",
+        ),
+        Wrong(
+            "only clipped from below",
+            misread(clip=lambda rho, eps: rho.clamp(min=1 - eps)),
+            "Â < 0 is right, Â > 0 is not: the ratio is clipped from below only.",
+        ),
+        Wrong(
+            "the mask multiplied on",
+            lambda new, old, adv, mask=None, *, clip_eps: misread(
+                silence=False,
+                mean=lambda terms, mask: (terms if mask is None else terms * mask).sum() / tokens_of(terms, mask),
+            )(new, old, adv, mask, clip_eps=clip_eps),
+            "Numbers under the padding do no harm, NaN does: 0·NaN is NaN. Replace with torch.where(mask, x, 0) "
+            "before the exponential instead of multiplying by the mask.",
+        ),
+        Wrong(
+            "one loss per token",
+            misread(mean=lambda terms, mask: real(terms, mask)),
+            "You return one loss per token; average over the real tokens.",
+        ),
+        Wrong(
+            "the advantages whitened",
+            lambda new, old, adv, mask=None, *, clip_eps: misread()(
+                new,
+                old,
+                adv if adv.numel() == 1 else masked_whiten(adv, torch.ones_like(adv) > 0 if mask is None else mask),
+                mask,
+                clip_eps=clip_eps,
+            ),
+            "You whiten the advantages inside the loss. That is done once for the whole batch, never per minibatch: "
+            "take them as they come.",
+        ),
     ),
 )
 
@@ -214,6 +294,13 @@ max_for_min = Check(
     reference=policy_and_entropy_loss,
     cases=two_bug_cases,
     gradient_of=("ratio", "entropy"),
+    explains=(
+        "There were two faults. With max for min, a ratio that has left the range for the better is still pushed on, "
+        "and one that went the wrong way gets no gradient back: the largest ratio runs away. With a plus before it "
+        "the entropy is minimised, and the policy is driven towards a single text. Both went unnoticed because the "
+        "loss still falls. In a log, the clip fraction and the approximate KL give away the first, and an entropy "
+        "that sinks to 0 the second."
+    ),
     wrong=(
         Wrong(
             "both",
@@ -250,6 +337,38 @@ max_for_min = Check(
                 -suspect(torch.min, -1.0)(ratio, adv, entropy, clip_eps=clip_eps, ent_coef=ent_coef)
             ),
             "The sign of the whole is flipped: this is what PPO maximises, and the optimiser minimises.",
+        ),
+        Wrong(
+            "clipped from above only",
+            suspect(lambda whole, clipped: torch.min(whole, whole), -1.0),
+            "Nothing is clipped any more: the min is of the unclipped and of the clipped term.",
+        ),
+        Wrong(
+            "the sum of the entropy",
+            lambda ratio, adv, entropy, *, clip_eps, ent_coef: suspect(torch.min, -entropy.numel())(
+                ratio, adv, entropy, clip_eps=clip_eps, ent_coef=ent_coef
+            ),
+            "Both signs are right, but the entropy is summed where its mean is wanted.",
+        ),
+        Wrong(
+            "the coefficient dropped",
+            lambda ratio, adv, entropy, *, clip_eps, ent_coef: suspect(torch.min, -1.0)(
+                ratio, adv, entropy, clip_eps=clip_eps, ent_coef=1.0
+            ),
+            "Both signs are right, but the entropy has lost its coefficient: ent_coef.",
+        ),
+        Wrong(
+            "the smaller ratio",
+            lambda ratio, adv, entropy, *, clip_eps, ent_coef: (
+                -(torch.min(ratio, ratio.clamp(1 - clip_eps, 1 + clip_eps)) * adv).mean() - ent_coef * entropy.mean()
+            ),
+            "The min is of the two products. Yours is of the two ratios, which is the other choice where Â is "
+            "negative.",
+        ),
+        Wrong(
+            "the policy loss with the wrong sign",
+            suspect(lambda whole, clipped: -torch.min(whole, clipped), -1.0),
+            "The entropy is right now, but the policy term has lost its minus: this is what PPO maximises.",
         ),
     ),
 )

@@ -112,6 +112,42 @@ sampled_kl = Check(
             kinds(difference=lambda new, ref: new.exp() - ref.exp()),
             "d is made of probabilities; it is the difference of the log-probabilities.",
         ),
+        Wrong(
+            "averaged",
+            lambda new, ref, *, kind: divergence.sampled_kl(new, ref, kind=kind).mean(),
+            "You average over the tokens. Wanted is one estimate per token, (B, T).",
+        ),
+        Wrong(
+            "the ratio of the logarithms",
+            kinds(difference=lambda new, ref: new / ref),
+            "You divide the log-probabilities; d is their difference.",
+        ),
+        Wrong(
+            "k2 without the square",
+            kinds(k2=lambda d: 0.5 * d),
+            "k1 and k3 are right, k2 is not: the square is missing, ½ d².",
+        ),
+        Wrong(
+            "k2 of the ratio",
+            kinds(k2=lambda d: 0.5 * ((-d).exp() - 1).square()),
+            "k1 and k3 are right, k2 is not: you square ratio − 1. It is the log-ratio that is squared.",
+        ),
+        Wrong(
+            "k3 without the exponential",
+            kinds(k3=lambda d: -d - 1 + d),
+            "k1 and k2 are right, k3 is a constant: the exponential is missing, exp(−d) − 1 + d.",
+        ),
+        Wrong(
+            "k3 of the probabilities",
+            kinds(k3=lambda d: (-d).exp() * -d - (-d).exp() + 1),
+            "k1 and k2 are right, k3 is not: r log r − r + 1 belongs to samples of the reference. Yours come from the "
+            "policy.",
+        ),
+        Wrong(
+            "the reference alone",
+            kinds(difference=lambda new, ref: new),
+            "The reference is not used: d = log π − log π_ref.",
+        ),
     ),
 )
 
@@ -263,6 +299,51 @@ shaped_rewards = Check(
             misread(paid=torch.ones_like, clean=False),
             "The padding pays KL too: where mask is False the reward is 0.",
         ),
+        Wrong(
+            "β forgotten",
+            lambda s, kl, m, *, kl_coef: misread()(s, kl, m, kl_coef=1.0),
+            "The KL is subtracted in full: its coefficient, kl_coef, is not used.",
+        ),
+        Wrong(
+            "the KL so far",
+            lambda s, kl, m, *, kl_coef: misread()(s, torch.where(m, kl, 0).cumsum(1), m, kl_coef=kl_coef),
+            "Each token pays the KL of all tokens so far. It pays its own.",
+        ),
+        Wrong(
+            "the mean KL",
+            lambda s, kl, m, *, kl_coef: misread()(
+                s, (torch.where(m, kl, 0).sum(1) / m.sum(1))[:, None].expand_as(kl), m, kl_coef=kl_coef
+            ),
+            "The row's sum is right, but each token pays the mean of the row. It pays its own.",
+        ),
+        Wrong(
+            "the mask multiplied on",
+            lambda s, kl, m, *, kl_coef: -kl_coef * kl * m + last_step(m) * s[:, None],
+            "Numbers under the padding of the KL do no harm, NaN does: 0·NaN is NaN. Replace with "
+            "torch.where(mask, x, 0) "
+            "instead of multiplying by the mask.",
+        ),
+        Wrong(
+            "the score subtracted",
+            misread(gain=lambda s, beta: -s),
+            "The score has the wrong sign: it is what the response earns.",
+        ),
+        Wrong(
+            "the absolute KL",
+            lambda s, kl, m, *, kl_coef: misread()(s, kl.abs(), m, kl_coef=kl_coef),
+            "You take the absolute value of the KL. An estimate for one token may be negative; only with its sign is "
+            "the mean right.",
+        ),
+        Wrong(
+            "the KL cut off at 0",
+            lambda s, kl, m, *, kl_coef: misread()(s, kl.clamp(min=0), m, kl_coef=kl_coef),
+            "You cut the KL off at 0. An estimate for one token may be negative; only with its sign is the mean right.",
+        ),
+        Wrong(
+            "β on both",
+            lambda s, kl, m, *, kl_coef: misread(gain=lambda s, beta: (1 - beta) * s)(s, kl, m, kl_coef=kl_coef),
+            "You weigh score and KL with 1 − β and β. The score counts in full.",
+        ),
     ),
 )
 
@@ -270,6 +351,13 @@ late_score = Check(
     name="late_score",
     reference=divergence.shaped_rewards,
     cases=lambda: shaped_cases(821),
+    explains=(
+        "The fault put the score one step after the last real token, where it is padding. The sum of each row was "
+        "right to the last digit, but nothing that masks ever read it: in the lesson the average score stayed at "
+        "0.17, where the package reaches 1.98. "
+        "Only responses of full length were paid, so the fault hides wherever there is no padding. In a log, the "
+        "score does not rise and the KL stays near 0, since nothing pays the policy for moving."
+    ),
     wrong=(
         Wrong(
             "on the first pad",
@@ -308,6 +396,32 @@ late_score = Check(
             "the sign of the KL",
             misread(price=1.0),
             "The score stands where it should, but the KL penalty has lost its minus on the way.",
+        ),
+        Wrong(
+            "on every token",
+            misread(place=lambda mask: mask),
+            "The score now stands on every token. It is paid once, on the last real one.",
+        ),
+        Wrong(
+            "subtracted",
+            misread(gain=lambda s, beta: -s),
+            "The score stands where it should, but it is subtracted.",
+        ),
+        Wrong(
+            "no KL",
+            misread(price=0.0),
+            "The score stands where it should, but the KL penalty has gone.",
+        ),
+        Wrong(
+            "the mask multiplied on",
+            lambda s, kl, m, *, kl_coef: -kl_coef * kl * m + last_step(m) * s[:, None],
+            "The score stands where it should, but NaN under the padding comes through: 0·NaN is NaN. Keep the "
+            "torch.where.",
+        ),
+        Wrong(
+            "the first token",
+            misread(place=at(lambda mask: torch.zeros_like(mask.sum(1)))),
+            "The score now stands on the first token. It belongs to the last one that is real.",
         ),
     ),
 )

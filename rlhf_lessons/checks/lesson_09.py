@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rlhf_lessons.checks._harness import Case, Check, Refused, Wrong
+from rlhf_lessons.checks._harness import Case, Check, Wrong
 from rlhf_lessons.checks._inputs import Draw, prefix_mask, transposed
+from rlhf_lessons.checks._wording import Refused
 from rlhf_lessons.masking import position_ids
 from rlhf_lessons.models import ValueHead, random_gpt2
 from rlhf_lessons.rollout import reference_logits
@@ -40,6 +41,12 @@ def check_start(weight: Tensor, bias: Tensor) -> None:
         )
 
 
+def seeded(seed: int, function: Callable, *args: object) -> object:
+    """What the function returns with the global generator at this seed."""
+    torch.manual_seed(seed)  # whoever observes an answer puts the generator back
+    return function(*args)
+
+
 def head_function(head_class: Callable[[int], nn.Module]) -> Callable[..., Tensor]:
     """The learner's module as a function of the hidden states and, for a trained head, of its weight and bias."""
 
@@ -63,7 +70,10 @@ def head_function(head_class: Callable[[int], nn.Module]) -> Callable[..., Tenso
         names = {id(p): name for name, p in head.named_parameters()}
         given = {names[id(own_weight)]: weight.view_as(own_weight), names[id(own_bias)]: bias.view_as(own_bias)}
         with torch.autocast("cpu", torch.bfloat16, enabled=step == AUTOCAST):
-            return torch.func.functional_call(head, given, (hidden,))
+            first, again = (seeded(i, torch.func.functional_call, head, given, (hidden,)) for i in (1, 2))
+        if isinstance(first, Tensor) and isinstance(again, Tensor) and not torch.equal(first, again):
+            raise Refused("The same hidden states get other values when they come a second time: is there dropout?")
+        return first
 
     return values_of
 
@@ -198,6 +208,47 @@ value_head = Check(
             "Everything is right but under autocast: there the linear layer turns its input back into bfloat16. "
             "Switch it off around the layer: with torch.autocast(hidden.device.type, enabled=False).",
         ),
+        Wrong(
+            "dropout left on",
+            misread(before=lambda self, hidden: nn.functional.dropout(hidden, 0.1)),
+            "There is dropout in the head: the same state gets another value each time. Old and new values would then "
+            "differ by noise, and a clip or an advantage cannot tell it from learning. Leave it out.",
+        ),
+        Wrong(
+            "a dimension of the batch lost",
+            misread(after=lambda self, values: values.squeeze(0).squeeze(-1)),
+            "Several rows are right, one row is not: the batch dimension was squeezed away as well.",
+        ),
+        Wrong(
+            "never negative",
+            misread(after=lambda self, values: values.squeeze(-1).relu()),
+            "The value passes through a ReLU. Returns may be negative: leave the linear layer's output as it is.",
+        ),
+        Wrong(
+            "summed over the positions",
+            misread(after=lambda self, values: values.squeeze(-1).sum(1)),
+            "You sum over the positions. The critic values every state: (B, L).",
+        ),
+        Wrong(
+            "the first position",
+            misread(after=lambda self, values: values[:, 0, 0]),
+            "You read the first position alone. The critic values every state: (B, L).",
+        ),
+        Wrong(
+            "the sign",
+            misread(after=lambda self, values: -values.squeeze(-1)),
+            "The sign of the layer's output is flipped: V = w·h + b.",
+        ),
+        Wrong(
+            "the output cut off",
+            misread(after=lambda self, values: values.squeeze(-1).detach()),
+            "The values are right, but detached: neither the head nor the trunk would learn from the value loss.",
+        ),
+        Wrong(
+            "layer norm first",
+            misread(before=lambda self, hidden: nn.functional.layer_norm(hidden, hidden.shape[-1:])),
+            "You normalise the hidden states first. The trunk's last layer has done so; the head is w·h + b alone.",
+        ),
     ),
 )
 
@@ -265,6 +316,16 @@ def misplaced(
     return wrong_logits
 
 
+def placed(
+    lm: nn.Module, prompt_ids: Tensor, responses: Tensor, mask: Tensor, positions: Tensor, shift: int = 1
+) -> Tensor:
+    """Logits of the response, read at these positions, `shift` before its tokens."""
+    tokens = torch.cat([prompt_ids, responses], dim=1)
+    logits = lm(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    start = prompt_ids.shape[1] - shift
+    return logits[:, start : start + responses.shape[1]]
+
+
 def columns(mask: Tensor) -> Tensor:
     """The column's number, in every row."""
     return torch.arange(mask.shape[1]).expand_as(mask)
@@ -275,6 +336,14 @@ left_padding = Check(
     reference=on_real_tokens(response_logits),
     cases=padding_cases,
     adapt=on_real_tokens,
+    explains=(
+        "The fault left the positions to the model, which counts columns and so counts the padding. The same response "
+        "to the same prompt had log-probability −6.31 alone and −5.92 beside a longer prompt: a factor of 1.5 in its "
+        "probability, for nothing. "
+        "Sampling and scoring with the same padding are wrong alike, so that the first ratio is 1 and no alarm "
+        "sounds. What shows it is the same text scored alone and in a batch; in a log, a KL that is not 0 at the "
+        "start, if policy and reference see other batches."
+    ),
     wrong=(
         Wrong(
             "no position ids",
@@ -313,6 +382,31 @@ left_padding = Check(
             misplaced(lambda mask: (columns(mask) - (~mask).sum(1, keepdim=True)).clamp(min=0)),
             "With full responses it is right, with short ones it is not: you shift by all the padding of the row, "
             "also that on the right. Only the padding before a token moves it.",
+        ),
+        Wrong(
+            "the response counted anew",
+            lambda lm, ids, m, y, ym: placed(
+                lm, ids, y, torch.cat([m, ym], 1), torch.cat([position_ids(m), position_ids(ym)], 1)
+            ),
+            "The prompt is right, the response is not: its positions start again at 0. They go on from the prompt.",
+        ),
+        Wrong(
+            "counted over the batch",
+            misplaced(lambda mask: (mask.long().cumsum(0) - 1).clamp(min=0)),
+            "You sum the mask along dim 0, over the rows of the batch. Positions run along a row: dim 1.",
+        ),
+        Wrong(
+            "the shift lost",
+            lambda lm, ids, m, y, ym: placed(
+                lm, ids, y, torch.cat([m, ym], 1), position_ids(torch.cat([m, ym], 1)), shift=0
+            ),
+            "The positions are right, but the shift by one has gone: the logits at the token itself have already read "
+            "it.",
+        ),
+        Wrong(
+            "positions in the opposite order",
+            misplaced(lambda mask: position_ids(mask).flip(1)),
+            "The positions run backwards: the first real token stands at 0.",
         ),
     ),
 )
