@@ -23,8 +23,9 @@ test: $(READY)          ## unit tests, then every notebook
 proof: $(READY)         ## one line per claim: what was claimed, the exact value, the obtained one
 	$(PY) -m pytest tests/proof -n 2 --dist loadfile -q
 
-lab: $(READY)           ## the lessons in Jupyter
-	$(PY) -m jupyter lab notebooks $(ARGS)
+lab: $(READY)           ## your own copy of the lessons, in Jupyter; FRESH=05 starts a lesson anew and keeps the old one
+	$(PY) tests/notebooks.py copy $(FRESH)
+	$(PY) -m jupyter lab lab $(ARGS)
 
 notebooks: $(READY)     ## execute the notebooks anew and store their outputs
 	$(PY) tests/notebooks.py execute $(ARGS)
@@ -57,9 +58,17 @@ lint: $(READY)          ## what ruff finds wrong in code and format
 clean:                  ## remove .venv and what a build leaves
 	rm -rf .venv build *.egg-info
 
+# What is installed names the folder that it was installed in: in one that was moved it is installed anew.
+ifneq ($(wildcard $(READY)),)
+ifneq ($(shell cat $(READY)),$(CURDIR))
+MOVED := --clear
+.PHONY: $(READY)
+endif
+endif
+
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=python3.12 ..."; exit 2; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(MOVED) .venv
 	$(PY) -m pip install -r requirements.txt
-	touch $(READY)
+	@echo "$(CURDIR)" > $(READY)

@@ -77,6 +77,13 @@ def show_summary(arguments: argparse.Namespace) -> None:
     print(summary_table(arguments.runs))
 
 
+def show_progress(arguments: argparse.Namespace) -> None:
+    """`progress`: a table of what a learner has solved."""
+    from rlhf_lessons.app.progress import progress_table
+
+    print(progress_table(arguments.lessons))
+
+
 def explain(error: Exception) -> str | None:
     """One line on what went wrong, or None for an error that is no user's but the program's own."""
     text = str(error)
@@ -107,7 +114,8 @@ def run_command(argv: list[str] | None) -> None:
     """Run a command, and hand over all that was printed, a help text too."""
     try:
         arguments = build_parser().parse_args(argv)
-        {"sample": show_samples, "summary": show_summary}.get(arguments.command, run_stage)(arguments)
+        others = {"sample": show_samples, "summary": show_summary, "progress": show_progress}
+        others.get(arguments.command, run_stage)(arguments)
     finally:
         flush()
 

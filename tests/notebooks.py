@@ -2,6 +2,7 @@
 
     python tests/notebooks.py execute [NAMES]     run in a clean kernel and save with outputs
     python tests/notebooks.py check [NAMES]       hold the saved files to RULES
+    python tests/notebooks.py copy [NAMES]        a learner's copy in lab/; NAMES are copied anew
 
 NAMES are beginnings of file names ("05") or paths; without any, all notebooks are meant. nbval
 checks that the notebooks still run; `check` rejects what nbval lets through: code edited since its
@@ -19,8 +20,9 @@ import re
 import sys
 import time
 import tokenize
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 
 import nbformat
@@ -29,7 +31,10 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
+from rlhf_lessons.checks.record import RECORD, write
+
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+LAB = FOLDER.with_name("lab")  # the learner's own copy
 LESSON = "[0-9][0-9]_"  # how the name of a lesson begins
 HEADINGS = (
     *("Question", "Derivation", "Your turn", "In code", "Experiment"),
@@ -111,6 +116,43 @@ def save(notebook, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
+
+
+# ---- the learner's copy --------------------------------------------------------------
+
+
+def learners_copy(path: Path) -> nbformat.NotebookNode:
+    """The notebook without outputs, and with what will show the package's solution folded."""
+    notebook, section = nbformat.read(path, as_version=4), ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            section = (re.findall(r"^## (.*?)\s*$", cell.source, re.M) or [section])[-1]
+        else:
+            cell.outputs, cell.execution_count = [], None
+            if section == "In code":
+                cell.metadata["jupyter"] = {"outputs_hidden": True}
+    notebook.metadata.pop("executed", None)
+    return notebook
+
+
+def copy(fresh: Sequence[Path] = (), *, to: Path = LAB, source: Path = FOLDER) -> list[str]:
+    """Copy each notebook that is not there yet, and `fresh` ones again, the learner's file kept under another name.
+
+    Returns what was done, a line each.
+    """
+    to.mkdir(exist_ok=True)
+    if not (to / RECORD).exists():
+        write(to, {})
+    said = []
+    for path in sorted(source.glob("*.ipynb")):
+        target = to / path.name
+        if target.exists() and path in fresh:
+            kept = next(name for n in count(1) if not (name := to / f"{path.stem}.kept-{n}.ipynb").exists())
+            os.replace(target, kept)
+            said.append(f"{target.name}: copied anew; yours is kept as {kept.name}")
+        if not target.exists():
+            save(learners_copy(path), target)
+    return said
 
 
 # ---- the guard: what a rule sees -----------------------------------------------------
@@ -276,45 +318,79 @@ def _foreign_metadata(notebook: Notebook) -> bool:
 
 
 # ---- the guard: the rules ------------------------------------------------------------
-# Each is a name and the predicate that is true where the rule is broken.
+# Each is a name and a predicate: what was found, or just True, where the rule is broken; else nothing.
+
+RUN_AGAIN = "run `python tests/notebooks.py execute` with its number"
+
+
+def _over(limit: int, found: int) -> str:
+    return f"{found}" if found > limit else ""
+
+
+def _match(pattern: str | re.Pattern, text: str) -> str:
+    found = re.search(pattern, text)
+    return found and repr(found[0])
+
+
+def _wide_lines(cell: Cell) -> str:
+    wide = [f"line {n}: {len(line)}" for n, line in enumerate(cell.lines, 1) if len(line) > 79]
+    return ", ".join(wide)
+
+
+def _misplaced_headings(notebook: Notebook) -> str:
+    if not notebook.is_lesson or notebook.headings == HEADINGS:
+        return ""
+    return f"wanted: {', '.join(HEADINGS)}; found: {', '.join(notebook.headings) or 'none'}"
+
+
+def _unknown_tags(cell: Cell) -> str:
+    allowed = ALLOWED_TAGS if cell.is_code else set()
+    return ", ".join(repr(tag) for tag in cell.tags if tag not in allowed)
+
+
+def _wordless_picture(cell: Cell) -> bool:
+    pictures = [o for o in cell.outputs if any(kind.startswith("image/") for kind in o.get("data", {}))]
+    return any(not any(isinstance(m, dict) and m.get("alt") for m in o.metadata.values()) for o in pictures)
+
 
 NOTEBOOK_RULES = (
-    ("file over 1 MB", lambda nb: nb.path.stat().st_size > 1_000_000),
-    ("over 50 cells", lambda nb: len(nb.cells) > 50),
+    ("file over 1 MB", lambda nb: _over(1_000_000, nb.path.stat().st_size)),
+    ("over 50 cells", lambda nb: _over(50, len(nb.cells))),
     ("no code", lambda nb: not any(cell.is_code for cell in nb.cells)),
-    ("headings are not the nine in order", lambda nb: nb.is_lesson and nb.headings != HEADINGS),
-    ("code edited since it was run", lambda nb: _edited(nb, "code")),
-    ("output edited since it was made", lambda nb: _edited(nb, "outputs")),
-    ("metadata that execute does not write", lambda nb: _foreign_metadata(nb)),
+    ("headings are not the nine in order", _misplaced_headings),
+    ("code edited since it was run", lambda nb: _edited(nb, "code") and RUN_AGAIN),
+    ("output edited since it was made", lambda nb: _edited(nb, "outputs") and RUN_AGAIN),
+    ("metadata that execute does not write", lambda nb: _foreign_metadata(nb) and RUN_AGAIN),
 )
 
 CELL_RULES = (
     ("empty cell", lambda c: not c.source.strip()),
     ("raw cell", lambda c: c.node.cell_type == "raw"),
-    ("cell id that execute does not write", lambda c: c.node.get("id") != cell_id(c.index)),
-    ("cell metadata other than tags", lambda c: set(c.node.metadata) - {"tags"}),
-    ("tag not allowed", lambda c: set(c.tags) - (ALLOWED_TAGS if c.is_code else set())),
-    ("machine path", lambda c: MACHINE_PATH.search(f"{c.source}\n{c.output_text}")),
+    ("cell id that execute does not write", lambda c: c.node.get("id") != cell_id(c.index) and RUN_AGAIN),
+    ("cell metadata other than tags", lambda c: ", ".join(map(repr, set(c.node.metadata) - {"tags"}))),
+    ("tag not allowed", _unknown_tags),
+    ("machine path", lambda c: _match(MACHINE_PATH, f"{c.source}\n{c.output_text}")),
 )
 
-MARKDOWN_RULES = (("markdown over 120 words", lambda c: _words(c.source) > 120),)
+MARKDOWN_RULES = (("markdown over 120 words", lambda c: _over(120, _words(c.source))),)
 
 CODE_RULES = (
     # how it is written
     ("prelude does not begin with imports", lambda c: c.number == 1 and not _imports(c.source)),
-    ("prelude over 8 lines", lambda c: c.number == 1 and len(c.lines) > 8),
-    ("code over 15 lines", lambda c: len(c.lines) > 15),
-    ("code over 79 columns", lambda c: any(len(line) > 79 for line in c.lines)),
+    ("prelude over 8 lines", lambda c: c.number == 1 and _over(8, len(c.lines))),
+    ("code over 15 lines", lambda c: _over(15, len(c.lines))),
+    ("code over 79 columns", _wide_lines),
     ("magic or shell escape", lambda c: _tree(c.source) is None or "get_ipython" in c.source),
     ("semicolon", lambda c: _has_semicolon(c.source)),
     ("sys.path", lambda c: re.search(r"\bsys\.path\b|\bfrom sys import\b.*\bpath\b", c.source)),
     ("pip", lambda c: re.search(r"\bpip\b", c.source)),
-    ("comment in place of a tag", lambda c: re.search(r"#\s*(NBVAL|PYTEST_VALIDATE)_", c.source)),
+    ("comment in place of a tag", lambda c: _match(r"#\s*(NBVAL|PYTEST_VALIDATE)_", c.source)),
     # what came out
-    ("execution count not in order", lambda c: any(count != c.number for count in c.counts)),
+    ("execution count not in order", lambda c: any(count != c.number for count in c.counts) and RUN_AGAIN),
     ("stderr", lambda c: "stderr" in c.output_types),
     ("widget", lambda c: any("jupyter.widget" in kind for kind in c.output_types)),
-    ("object address", lambda c: OBJECT_ADDRESS.search(c.output_text)),
+    ("object address", lambda c: _match(OBJECT_ADDRESS, c.output_text)),
+    ('picture without alt text: end the cell in plots.show("what it shows")', _wordless_picture),
     # what its tags promise
     ("error", lambda c: c.has_error and not c.may_raise),
     ("raises-exception without an error", lambda c: c.may_raise and not c.has_error),
@@ -334,10 +410,11 @@ class Complaint:
     file: str
     cell: int | None
     rule: str
+    found: str = ""
 
     def __str__(self) -> str:
         place = "notebook" if self.cell is None else f"cell {self.cell}"
-        return f"{self.file}: {place}: {self.rule}"
+        return f"{self.file}: {place}: {self.rule}" + (f" ({self.found})" if self.found else "")
 
 
 def check(path: Path) -> list[Complaint]:
@@ -346,11 +423,14 @@ def check(path: Path) -> list[Complaint]:
         notebook = read(path)
     except ValueError as error:
         return [Complaint(path.name, None, str(error))]
-    found = [(None, name) for name, is_broken in NOTEBOOK_RULES if is_broken(notebook)]
+    judged = [(None, notebook, NOTEBOOK_RULES)]
     for cell in notebook.cells:
         rules = {"code": CODE_RULES, "markdown": MARKDOWN_RULES}.get(cell.node.cell_type, ())
-        found += [(cell.index, name) for name, is_broken in CELL_RULES + rules if is_broken(cell)]
-    return [Complaint(path.name, index, name) for index, name in found]
+        judged.append((cell.index, cell, CELL_RULES + rules))
+    return [
+        Complaint(path.name, index, name, found if isinstance(found, str) else "")
+        for index, subject, rules in judged for name, is_broken in rules if (found := is_broken(subject))
+    ]  # fmt: skip
 
 
 # ---- what a lesson holds, for the map of equations -----------------------------------
@@ -397,13 +477,16 @@ def run_all(paths: list[Path]) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("execute", "check"))
+    parser.add_argument("command", choices=("execute", "check", "copy"))
     parser.add_argument("names", nargs="*")
     options = parser.parse_args(arguments)
     try:
-        paths = find(options.names or [LESSON if options.command == "execute" else ""])
+        paths = find(options.names) if options.command == "copy" else find(options.names or [""])
     except ValueError as error:
         parser.error(str(error))
+    if options.command == "copy":
+        print(*copy(paths), f"your copy of the lessons is in {LAB.name}/", sep="\n")
+        return 0
     if options.command == "execute":
         return 0 if run_all(paths) else 1
     complaints = [complaint for path in paths for complaint in check(path)]

@@ -31,3 +31,24 @@ def test_make_alone_lists_every_target_with_a_word_on_it():
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - {"help", "clean"}))
 def test_a_target_sets_up_its_environment(target):
     assert re.search(rf"^{target}: \$\(READY\)", MAKEFILE.read_text(encoding="utf-8"), re.M)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("stands", "set_up_anew"),
+    [("here", False), ("elsewhere", True), ("nothing", True), (None, True)],
+    ids=["in its place", "moved", "of an older kind", "new"],
+)
+def test_a_folder_that_was_moved_is_set_up_anew(stands, set_up_anew, tmp_path):
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    ready = tmp_path / ".venv" / ".ready"
+    if stands is not None:
+        ready.parent.mkdir()
+        ready.write_text({"here": f"{tmp_path}\n", "elsewhere": f"{tmp_path}x\n", "nothing": ""}[stands])
+        later = 60 + max(path.stat().st_mtime for path in tmp_path.iterdir())
+        os.utime(ready, (later, later))
+    planned = make("--dry-run", "lint", "-C", str(tmp_path))
+    assert ("-m venv" in planned) == set_up_anew
+    assert ("--clear" in planned) == (set_up_anew and stands is not None)
+    assert f'echo "{tmp_path}" > .venv/.ready' in planned or not set_up_anew

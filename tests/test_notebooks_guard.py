@@ -22,15 +22,17 @@ def stream(text, name="stdout"):
     return new_output("stream", name=name, text=text)
 
 
-def display(data):
-    return new_output("display_data", data)
+def display(data, alt=""):
+    return new_output("display_data", data, metadata={"image/png": {"alt": alt}} if alt else {})
 
 
 def error(traceback=()):
     return new_output("error", ename="ValueError", evalue="", traceback=list(traceback))
 
 
-PNG = display({"image/png": "aGVsbG8=", "text/plain": "<Figure size 640x480 with 1 Axes>"})
+PIXELS = {"image/png": "aGVsbG8=", "text/plain": "<Figure size 640x480 with 1 Axes>"}
+PNG = display(PIXELS, alt="a line that rises")
+WORDLESS = 'picture without alt text: end the cell in plots.show("what it shows")'
 
 
 def lesson():
@@ -100,6 +102,8 @@ OUTPUTS = [
     ("machine path", [display({"text/html": "<a href='file:///home/ada'>x</a>"})], PICTURE),
     ("machine path", [error(["File /usr/lib/python3/ast.py:50"])], RAISING),
     ("stderr", [stream("careful\n", name="stderr")], PICTURE),
+    (WORDLESS, [display(PIXELS)], PICTURE),
+    (WORDLESS, [PNG, display(PIXELS)], PICTURE),
     ("object address", [stream("<object at 0x7f3b2c1d>\n")], PICTURE),
     ("object address", [display({"text/plain": "<function gae at 0x7f3b2c1d5e40>"})], PICTURE),
     ("widget", [display({"application/vnd.jupyter.widget-view+json": {"model_id": "1"}})], PICTURE),
@@ -136,7 +140,7 @@ def raw(nb):
 
 @breaks("file over 1 MB")
 def large_picture(nb):
-    nb.cells[PICTURE].outputs = [display({"image/png": "A" * 1_000_000})]
+    nb.cells[PICTURE].outputs = [display({"image/png": "A" * 1_000_000}, alt="large")]
 
 
 @breaks("over 50 cells")
@@ -323,6 +327,32 @@ def test_a_complaint_names_file_cell_and_rule(tmp_path, capsys):
         f"05_gae.ipynb: cell {CHECKED}: semicolon",
         "1 notebooks, 1 complaints",
     ]
+
+
+@pytest.mark.parametrize(
+    ("index", "text", "said"),
+    [
+        (TEXT, "## Derivation\n\n" + "word " * 121, "markdown over 120 words (122)"),
+        (CHECKED, "x = 1\n" * 16, "code over 15 lines (16)"),
+        (CHECKED, f"x = 1\n{'x' * 80}", "code over 79 columns (line 2: 80)"),
+        (CHECKED, "open('/tmp/x')", "machine path ('/tmp')"),
+        (TEXT, "## Derive\n\ntext", "headings are not the nine in order (wanted: Question, Derivation, Your turn, "),
+    ],
+)
+def test_a_complaint_says_what_was_found(index, text, said, tmp_path):
+    nb = lesson()
+    nb.cells[index].source = text
+    notebooks.normalise(nb)
+    found = [str(complaint) for complaint in notebooks.check(save(nb, tmp_path / "05_gae.ipynb"))]
+    assert any(said in line for line in found), found
+
+
+def test_a_complaint_about_what_was_run_says_how_to_run_it(tmp_path):
+    nb = lesson()
+    notebooks.normalise(nb)
+    nb.cells[CHECKED].source = "changed = True"
+    (found,) = map(str, notebooks.check(save(nb, tmp_path / "05_gae.ipynb")))
+    assert "code edited since it was run (run `python tests/notebooks.py execute` with its number)" in found
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ EXAMPLES = {
     "summary": """\
   python -m rlhf_lessons summary runs/*
 """,
+    "progress": """\
+  python -m rlhf_lessons progress
+""",
 }
 
 RUN_FOLDER = """
@@ -224,6 +227,14 @@ def build_parser() -> Parser:
     table = add_command(commands, "summary", "runs as a Markdown table, a row each")
     table.usage = f"{table.prog} FOLDER [FOLDER ...]"
     table.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="folders of runs")
+    solved = add_command(
+        commands, "progress", "the exercises and hunts of your copy of the lessons, and which are solved"
+    )
+    solved.usage = f"{solved.prog} [FOLDER]"
+    solved.add_argument(
+        "lessons", nargs="?", type=Path, metavar="FOLDER", default=Path("lab"),
+        help="the copy that `make lab` made (default: lab)",
+    )  # fmt: skip
     return parser
 
 

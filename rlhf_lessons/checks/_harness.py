@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from rlhf_lessons.checks import record
 from rlhf_lessons.checks._outcomes import Case, Outcome, agree, as_tuple, right_in_value, unchanged
 from rlhf_lessons.checks._wording import (
     CORRECT,
@@ -203,7 +204,10 @@ class Check:
 def report(name: str, verdict: str, explains: str = "") -> None:
     """Print what came of the check `name`, and what there is to know once it is solved: the one place for it."""
     print(verdict)
-    if explains and verdict.startswith(CORRECT):
+    if not verdict.startswith(CORRECT):
+        return
+    record.solved(name)
+    if explains:
         print(f"\n{fill(explains, width=100)}")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from rlhf_lessons.checks._harness import CORRECT, NOT_ATTEMPTED, Hint, Misconception, first_misconception
+from rlhf_lessons.checks._harness import CORRECT, NOT_ATTEMPTED, Hint, Misconception, first_misconception, report
 
 MODELS = ("policy", "critic", "reward", "reference")
 TRACE = {  # what stands in a traced sample -> the model that produced it
@@ -115,7 +115,7 @@ def four_models(answers: dict) -> None:
         raise Hint(f"No such question: {', '.join(unknown)}. The questions are {', '.join(questions)}.")
     open_ones = [key for key in questions if answers.get(key) is None]
     if len(open_ones) == len(questions):
-        print(NOT_ATTEMPTED)
+        report("four_models", NOT_ATTEMPTED)
         return
     check_names(answers)
     first_misconception(FOUR_MODELS, answers)
@@ -124,7 +124,7 @@ def four_models(answers: dict) -> None:
             raise Hint(f"{key}: not the {answers[key]}. Who ran last before it appeared in the trace?")
     if answers.get("trained") is not None and set(answers["trained"]) != TRAINED:
         raise Hint("trained: not these. Whose parameters does PPO's optimiser hold?")
-    print(f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT)
+    report("four_models", f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT)
 
 
 def check_names(answers: dict) -> None:

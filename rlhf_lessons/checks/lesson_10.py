@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from rlhf_lessons.checks._harness import CORRECT, NOT_ATTEMPTED, Hint, Misconception, first_misconception
+from rlhf_lessons.checks._harness import CORRECT, NOT_ATTEMPTED, Hint, Misconception, first_misconception, report
 from rlhf_lessons.checks.faults import FAULTS, toy_history
 
 # --- Exercise: tune β --------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def tuned_beta(history: Sequence[dict[str, float]], *, gold_bar: float = 1.0, ma
     over the last 5 iterations count. Prints "correct" or raises AssertionError with a hint.
     """
     if history is NotImplemented or history is None:
-        print(NOT_ATTEMPTED)
+        report("tuned_beta", NOT_ATTEMPTED)
         return
     check_history(history)
     first_misconception(TUNED_BETA, history, gold_bar, max_kl)
@@ -105,7 +105,7 @@ def tuned_beta(history: Sequence[dict[str, float]], *, gold_bar: float = 1.0, ma
             f"The gold reward ends at {gold:.2f}, below the bar of {gold_bar:g}, with the proxy at "
             f"{ending(history, 'score'):.2f} and a KL of {ending(history, 'kl'):.1f} nats. Try another β."
         )
-    print(CORRECT)
+    report("tuned_beta", CORRECT)
 
 
 def check_history(history: object) -> None:
@@ -150,7 +150,7 @@ def diagnose(answers: dict) -> None:
         raise Hint(f"No such run: {', '.join(unknown)}. The runs are {', '.join(PLANTED)}.")
     open_ones = [letter for letter in PLANTED if answers.get(letter) is None]
     if len(open_ones) == len(PLANTED):
-        print(NOT_ATTEMPTED)
+        report("diagnose", NOT_ATTEMPTED)
         return
     for letter, fault in PLANTED.items():
         said = answers.get(letter)
@@ -159,4 +159,4 @@ def diagnose(answers: dict) -> None:
         if said not in FAULTS:
             raise Hint(f"{letter}: {said!r} is not one of {', '.join(FAULTS)}.")
         raise Hint(f"Run {letter} is not {said}: with that you would see {FAULTS[said].symptom}.")
-    print(f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT)
+    report("diagnose", f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT)

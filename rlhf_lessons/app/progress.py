@@ -1,0 +1,42 @@
+"""`progress`: which exercises and hunts of their copy of the lessons a learner has solved."""
+
+import json
+import re
+from pathlib import Path
+
+from rlhf_lessons.checks.record import read
+
+JUDGED = re.compile(r"^checks\.(\w+)\(\w", re.M)  # a check that is given an answer
+SECTIONS = {"Your turn": "exercise", "Bug hunt": "hunt"}
+
+
+def checks_in(lesson: Path) -> list[tuple[str, str]]:
+    """The checks of a lesson's exercises and hunts, in order: ("exercise" or "hunt", name)."""
+    found, section = [], ""
+    for cell in json.loads(lesson.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            section = (re.findall(r"^## (.*?)\s*$", source, re.M) or [section])[-1]
+        elif section in SECTIONS:
+            found += [(SECTIONS[section], name) for name in JUDGED.findall(source)]
+    return found
+
+
+def progress_table(folder: Path) -> str:
+    """A Markdown table, a row for each check of the lessons in a folder that `make lab` made, and the count.
+
+    Raises ValueError for a folder without a record.
+    """
+    try:
+        solved = read(folder)
+        rows = [
+            (lesson.stem.replace("_", " "), kind, name, solved.get(name, ""))
+            for lesson in sorted(folder.glob("[0-9][0-9]_*.ipynb")) for kind, name in checks_in(lesson)
+        ]  # fmt: skip
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: no copy of the lessons there; `make lab` makes one") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: holds a lesson that is no notebook") from error
+    lines = ["| lesson | kind | check | solved |", "| --- | --- | --- | --- |"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", f"{sum(bool(row[3]) for row in rows)} of {len(rows)} solved"])
