@@ -7,6 +7,7 @@ exactly once. With --report FILE, the outcome is written as a Markdown table.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -69,8 +70,10 @@ def first_failure(copy: Path, tests: tuple[str, ...]) -> str | None:
     """Run these tests in a copy. Returns the first that fails, or None."""
     paths = [f"tests/{name}" for name in tests]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *paths]
+    # Tests that start a program of their own are to find the copy too, not what is installed.
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
     try:
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return "time limit"
     if done.returncode == 0:

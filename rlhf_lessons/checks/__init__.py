@@ -6,7 +6,7 @@ answer where it is a known one, else the first input on which it is wrong.
 """
 
 from rlhf_lessons.checks.faults import FAULTS
-from rlhf_lessons.checks.lesson_00 import four_models
+from rlhf_lessons.checks.lesson_00 import four_models, two_oddities
 from rlhf_lessons.checks.lesson_01 import action_log_probs, shift_by_one
 from rlhf_lessons.checks.lesson_02 import bradley_terry_loss, last_real_token
 from rlhf_lessons.checks.lesson_03 import gradient_through_return, policy_gradient_loss
@@ -43,5 +43,6 @@ __all__ = [
     "shaped_rewards",
     "shift_by_one",
     "tuned_beta",
+    "two_oddities",
     "value_head",
 ]

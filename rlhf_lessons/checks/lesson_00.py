@@ -127,6 +127,86 @@ def four_models(answers: dict) -> None:
     report("four_models", f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT)
 
 
+CAUSES = {"KL of 0": ("ref_log_probs", "reference"), "nothing explained": ("trained", "critic")}
+EXPLAINED = (
+    "The KL compares two models. Taken from the policy twice it is 0 by construction, whatever the policy does: the "
+    "toll is never paid, and nothing keeps the policy near its start. A critic that no optimiser holds keeps its first "
+    "forecast, 0 everywhere here, which explains nothing; advantages are then noisy, and nothing crashes. Her reward "
+    "model learned instead: the judge itself moved. Each fault is one line in a log that stays where it began."
+)
+
+
+def names(oddity: str, place: int, *words: str) -> Callable[[dict], bool]:
+    """Whether the answer to an oddity has one of these words as its entry (place 0) or model (1)."""
+    return lambda oddities: oddities[oddity][place] in words
+
+
+ODDITIES = (
+    Misconception(
+        "the two swapped",
+        lambda oddities: {k: oddities[other] for k, other in zip(CAUSES, reversed(CAUSES), strict=True)} == CAUSES,
+        "The two causes are right, but swapped. Which oddity is about how far the policy has moved, which about a "
+        "forecast?",
+    ),
+    Misconception(
+        "what stands there now",
+        lambda oddities: oddities["KL of 0"] == ("ref_log_probs", "policy"),
+        'KL of 0: the entry is right, and "policy" is what stands there now. Which model belongs there?',
+    ),
+    Misconception(
+        "the log-probabilities of the sample",
+        names("KL of 0", 0, "log_probs"),
+        "KL of 0: log_probs are recorded while sampling, by the policy, as they should be. Look at what they are "
+        "compared with.",
+    ),
+    Misconception(
+        "the values themselves",
+        names("nothing explained", 0, "values"),
+        "nothing explained: the values do come from the critic. But a critic that never changes says today what it "
+        "said on the first day. What would change it?",
+    ),
+    Misconception(
+        "the reward model in training",
+        lambda oddities: oddities["nothing explained"] == ("trained", "reward"),
+        "nothing explained: that the reward model is trained is wrong too, but the question is which model is missing.",
+    ),
+    Misconception(
+        "the reference in training",
+        lambda oddities: oddities["nothing explained"] == ("trained", "reference"),
+        "nothing explained: the reference stays as it is, and it forecasts nothing. Whose forecasts never improve?",
+    ),
+)
+
+
+def two_oddities(oddities: dict) -> None:
+    """Lesson 00: which entry of a table of models makes a KL of 0, and which an explained variance of 0.
+
+    oddities: {"KL of 0": (entry, model), "nothing explained": (entry, model)}; None stands for not answered. Prints
+    "not attempted yet" or "correct", or raises AssertionError with a hint.
+    """
+    if not isinstance(oddities, dict) or set(oddities) != set(CAUSES):
+        raise Hint(f"The dict of the cell above is wanted, with {' and '.join(map(repr, CAUSES))}.")
+    entries = (*TRACE, "trained")
+    for oddity, answer in oddities.items():
+        if not isinstance(answer, tuple | list) or len(answer) != 2:
+            raise Hint(f"{oddity}: a pair (entry, model) is wanted; got {answer!r}.")
+        for said, known, kind in zip(answer, (entries, MODELS), ("entries", "models"), strict=True):
+            if said is not None and said not in known:
+                raise Hint(f"{oddity}: {said!r} is not one of the {kind} {', '.join(known)}.")
+    oddities = {oddity: tuple(answer) for oddity, answer in oddities.items()}
+    open_ones = [oddity for oddity, answer in oddities.items() if None in answer]
+    if len(open_ones) == len(CAUSES):
+        report("two_oddities", NOT_ATTEMPTED)
+        return
+    first_misconception(ODDITIES, oddities)
+    for oddity, cause in CAUSES.items():
+        if None not in oddities[oddity] and oddities[oddity] != cause:
+            part = "entry" if oddities[oddity][0] != cause[0] else "model"
+            raise Hint(f"{oddity}: another {part}. Follow the number back through the figure of the four models.")
+    verdict = f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT
+    report("two_oddities", verdict, EXPLAINED)
+
+
 def check_names(answers: dict) -> None:
     """Raise AssertionError unless every answer is made of the four models' names."""
     for key, answer in answers.items():
