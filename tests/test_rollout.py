@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sampling import BOS, EOS, IDS, PAD, generator, repeated, teacher_forced
+from transformers import GPT2LMHeadModel
 
 from rlhf_lessons.data import encode_prompt, encode_response, pad
 from rlhf_lessons.generation import Sampler, eos_ids, respond, sample_tokens
@@ -684,3 +685,22 @@ def test_sampler_calls_the_model_with_the_positions_of_real_tokens(queries):
         patch.setattr("transformers.DynamicCache", Cache)
         sample_responses(Model(), *queries, max_new_tokens=3, **IDS)
     assert asked == [[[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3]], [[2], [3], [4]], [[3], [4], [5]]]
+
+
+class Forgetful(GPT2LMHeadModel):
+    """Takes a cache and leaves it empty."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, **options):
+        given = dict(attention_mask=attention_mask, position_ids=position_ids)
+        return super().forward(input_ids, **given, **options | {"use_cache": False})
+
+
+def test_a_model_that_keeps_no_cache_is_given_the_whole_text(make_lm, queries):
+    lm = make_lm()
+    forgetful = Forgetful(lm.config).eval()
+    forgetful.load_state_dict(lm.state_dict())
+    expected, found = (
+        sample_responses(model, *queries, max_new_tokens=5, generator=generator(3), **IDS) for model in (lm, forgetful)
+    )
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, atol=1e-5, rtol=1e-5)

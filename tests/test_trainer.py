@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from rlhf_lessons import fitting
 from rlhf_lessons.config import GroupConfig, TrainerConfig
 from rlhf_lessons.data import encode_prompt, encode_response
-from rlhf_lessons.device import autocast, make_accelerator
+from rlhf_lessons.device import autocast, gather_rows, make_accelerator
 from rlhf_lessons.models import RewardModel
 from rlhf_lessons.scoring import Scorer, as_scorer
 from rlhf_lessons.trainer import PPOConfig, PPOTrainer, fit_language_model, fit_reward_model
@@ -994,6 +994,8 @@ def one_of_several_processes(folder):
     results = {name: outcome(trainer) for name, trainer in small_trainers()}
     accelerator = make_accelerator("cpu")
     results["processes"], results["refused"] = accelerator.num_processes, []
+    own = torch.full((2, 3 + accelerator.process_index), accelerator.process_index + 1)  # each process's are longer
+    results["gathered"] = gather_rows(accelerator, own, padding=9)
     for sizes in (dict(batch_size=15, minibatch_size=5), dict(batch_size=16, samples_per_prompt=16)):
         try:
             tiny_trainer(**sizes)
@@ -1047,6 +1049,12 @@ def test_a_seed_means_one_run_in_any_number_of_processes(processes, method):
             assert got == pytest.approx(wanted, rel=1e-4, abs=1e-5)
         assert_all_close(result["parameters"], expected["parameters"], atol=1e-5, rtol=0)
     assert len({result[method]["hash"] for result in processes}) == 1, "one model"
+
+
+def test_rows_of_all_processes_are_gathered_padded_on_the_right(processes):
+    longest = 2 + len(processes)
+    wanted = [[rank + 1] * (3 + rank) + [9] * (longest - 3 - rank) for rank in range(len(processes)) for _ in range(2)]
+    assert all(result["gathered"].tolist() == wanted for result in processes)
 
 
 def test_sizes_that_cannot_be_shared_out_are_refused(processes):
