@@ -260,6 +260,8 @@ def test_bands_over_seeds_hold_mean_and_spread(band):
     expected = (0, 4) if band == "minmax" else (2 - sd, 2 + sd)
     assert (at_first.min(), at_first.max()) == pytest.approx(expected)
     assert line.get_label() == "PPO (3 seeds)"
+    (ax,) = plots.learning_curves({"PPO": values}, of="critics").axes
+    assert ax.get_lines()[0].get_label() == "PPO (3 critics)"
 
 
 def test_seeds_of_a_run_are_averaged_over_the_iterations_they_share():
@@ -337,6 +339,17 @@ def test_bars_of_concepts_are_coloured_and_groups_have_a_legend():
     (ax,) = plots.bars({"a": {"predicted": 1, "measured": 2}, "b": {"measured": 3}}, xlabel="s").axes
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["predicted", "measured"]
     assert sorted(bar.get_width() for bar in ax.patches) == [1, 2, 3]
+
+
+def test_an_interval_can_be_seen_on_a_bar_of_its_own_colour():
+    (ax,) = plots.bars({"advantage": 2.0}, xlabel="x", errors={"advantage": 1.0}).axes
+    (interval,) = ax.collections
+    assert same_color(interval.get_color()[0], COLORS["advantage"])
+    ax.figure.canvas.draw()
+    drawn = np.asarray(ax.figure.canvas.buffer_rgba())[..., :3]
+    x, y = map(round, ax.transData.transform((1.5, 0)))  # on the bar, where the interval lies
+    column = drawn[drawn.shape[0] - y - 8 : drawn.shape[0] - y + 9, x]
+    assert column.min() == 0 and column.max() == 255
 
 
 def test_effective_sample_size_is_drawn_as_a_share():

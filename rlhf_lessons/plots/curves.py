@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from rlhf_lessons.plots.style import COLORS, Numbers, as_array, axes_for, concept_style, plain_log_axis, styles_for
 
@@ -26,6 +27,8 @@ METRICS = {
 }
 # Rows of one run, a list of seeds, or a dict of either by label.
 Runs = list[dict] | list[list[dict]] | dict[str, list]
+# An interval's line is outlined in white: it has to be seen on a bar of any colour.
+ERROR = {"elinewidth": 2, "path_effects": [withStroke(linewidth=5, foreground="white")]}
 TRAINING_PANELS = (("score", "gold"), ("kl",), ("entropy",), ("clip_fraction",), ("explained_variance",))
 
 
@@ -80,10 +83,14 @@ def learning_curves(
     xlabel: str = "iteration",
     ylabel: str = "return",
     band: str = "minmax",
+    of: str = "seeds",
     concepts: dict[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Mean over seeds with a band: curves[label] (seeds, N); band "minmax" or "sd" (one standard deviation)."""
+    """Mean over seeds with a band: curves[label] (seeds, N); band "minmax" or "sd" (one standard deviation).
+
+    of: what the legend counts, where the rows are no seeds.
+    """
     if not curves:
         raise ValueError("curves must hold at least one; got none")
     figure, ax = axes_for(ax)
@@ -91,7 +98,7 @@ def learning_curves(
     for label, seeds in curves.items():
         seeds = as_array(f"curves[{label!r}]", seeds, ndim=2)
         steps = np.arange(1, seeds.shape[1] + 1) if x is None else as_array("x", x, ndim=1, length=seeds.shape[1])
-        draw_band(ax, steps, seeds, styles[label], f"{label} ({len(seeds)} seeds)", band)
+        draw_band(ax, steps, seeds, styles[label], f"{label} ({len(seeds)} {of})", band)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend()
     return figure
@@ -266,7 +273,9 @@ def bars(
         color = styles[name]["color"] if all(grouped) else bar_colors(labels, concepts)
         error = None if errors is None else [errors.get(label, 0.0) for label in labels]
         hatch = ("", "///", "...", "xx")[i % 4]
-        drawn = ax.barh(places, numbers, height, color=color, xerr=error, label=name, hatch=hatch, edgecolor="white")
+        drawn = ax.barh(
+            places, numbers, height, color=color, xerr=error, label=name, hatch=hatch, edgecolor="white", error_kw=ERROR
+        )
         ax.bar_label(drawn, fmt="{:.3g}", padding=4, fontsize=9)
     ax.set(xlabel=xlabel, xscale=xscale, yticks=range(len(groups)), yticklabels=list(groups))
     ax.margins(x=0.14)
