@@ -29,7 +29,7 @@ class Pass(NamedTuple):
     """What a model says of each kept position of whole texts."""
 
     logits: Tensor | None  # (B, L, V); None from a trunk, which has no head
-    hidden: Tensor | None  # (B, L, H) the trunk's last state, which the heads read
+    hidden: Tensor | None  # (B, L, D) the trunk's last state, which the heads read
 
 
 def context_of(model: nn.Module) -> float:

@@ -60,7 +60,7 @@ def in_full_precision(layer: nn.Module, hidden: Tensor) -> Tensor:
 
 
 class ValueHead(nn.Linear):
-    """One linear output on a hidden state, in float32 at least, that starts at 0: (..., H) -> (...)."""
+    """One linear output on a hidden state, in float32 at least, that starts at 0: (..., D) -> (...)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size, 1)
@@ -68,7 +68,7 @@ class ValueHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Values (...) of hidden states (..., H)."""
+        """Values (...) of hidden states (..., D)."""
         return in_full_precision(self, hidden).squeeze(-1)
 
     def _apply(self, move: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -209,7 +209,7 @@ class RewardModel(nn.Module):
     def from_causal_lm(cls, lm: nn.Module | str | Path, *, pad_token_id: int, seed: int = 0) -> "RewardModel":
         """Start from a copy of a language model's trunk (or of a checkpoint's), with a single output as its head.
 
-        w is drawn from `seed` with standard deviation 1/√(H+1), so that first scores are of size 1.
+        w is drawn from `seed` with standard deviation 1/√(D+1), so that first scores are of size 1.
         Source: Stiennon et al. 2020, released code.
         """
         from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification

@@ -86,7 +86,7 @@ def head_cases() -> list[Case]:
         return Case(says, {"hidden": change(d.normal(*shape)), "weight": weight, "bias": bias, "step": step})
 
     return [
-        case("a trained head, (B, L, H) = (2, 3, 4)", TRAINED, 2, 3, 4),
+        case("a trained head, (B, L, D) = (2, 3, 4)", TRAINED, 2, 3, 4),
         case(NEW, NEW, 2, 3, 4),
         case("a trained head, one row", TRAINED, 1, 3, 4),
         case("a trained head, one position", TRAINED, 3, 1, 4),
