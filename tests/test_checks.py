@@ -1041,11 +1041,21 @@ def test_diagnose_right_open_and_half_open(capsys):
     checks.diagnose(lesson_10.PLANTED)
     checks.diagnose(dict.fromkeys(lesson_10.PLANTED))
     checks.diagnose({**lesson_10.PLANTED, "B": None, "E": None})
-    assert capsys.readouterr().out.splitlines() == [
-        "correct",
-        "not attempted yet",
-        "right so far; not attempted yet: B, E",
-    ]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "correct" and "A, kl_sign:" in said[2]
+    assert said[-2:] == ["not attempted yet", "right so far; not attempted yet: B, E"]
+    assert "beat the healthy run in gold" in " ".join(said)
+
+
+def test_what_the_solved_hunt_explains_is_what_the_runs_show(runs, healthy):
+    better_gold = {fault for fault, run in runs.items() if last(run, "gold") > last(healthy, "gold")}
+    assert better_gold == {"kl_sign", "wrong_temperature"}
+    by_far = {fault for fault, run in runs.items() if last(run, "score") > last(healthy, "score") + 2}
+    assert by_far == {"wrong_temperature", "entropy_sign"}
+    assert last(runs["entropy_sign"], "score") == 10 and last(runs["entropy_sign"], "gold") == 1
+    assert set(lesson_10.PLANTED.values()) == {
+        line.split(",")[1].split(":")[0].strip() for line in lesson_10.EXPLAINS[:5]
+    }
 
 
 @pytest.mark.parametrize("letter", lesson_10.PLANTED)

@@ -141,14 +141,18 @@ def check_history(history: object) -> None:
 # --- Bug hunt: one of five planted faults ------------------------------------------------------
 
 EXPLAINS = (
-    "A, kl_sign: leaving the reference is paid for, so the reward is above the score. In this small world better texts "
-    "are rare texts, and the wrong sign even helps for a while: gold is above the healthy run's, and nothing holds the "
-    "policy from there on. B, critic_not_trained: V stays 0, every advantage carries the whole noise of the score, and "
-    "learning is slow. C, score_lost: nothing pays, so nothing moves. D, wrong_temperature: colder samples are likelier "
-    "ones, and so better written than what the policy would say at 1; the logs then praise a policy that nobody "
-    "samples from. E, entropy_sign: one text, written always; it is a good one by luck, its KL is what it costs to name "
-    "one text. Only the ratio before the first step, the entropy and the reward beside the score tell: the gold reward "
-    "of a short run in a small world forgives much."
+    "A, kl_sign: leaving the reference is paid for, so the reward lies above the score. With no price on it the policy "
+    "went further than the healthy one, and in a short run the proxy still points the right way there: gold is higher, "
+    "too.",
+    "B, critic_not_trained: V stays 0, so every advantage carries the whole noise of the score. It learns, but slowly.",
+    "C, score_lost: nothing pays for anything, so nothing moves.",
+    "D, wrong_temperature: the log judges colder samples than the policy at temperature 1 would write, and those are "
+    "its likelier, better paid texts. Gold beats the healthy run's, but it is not the gold of the policy that is "
+    "scored, and the ratio says so before the first step.",
+    "E, entropy_sign: the policy writes one text, the best word ten times. The proxy is 10, the highest there is, and "
+    "gold only 1, for nine of the ten are repetitions.",
+    "So two faults (A and D) beat the healthy run in gold, and two (D and E) by far in score: a good end does not show "
+    "that a run is right. The invariants do.",
 )
 PLANTED = {"A": "kl_sign", "B": "critic_not_trained", "C": "score_lost", "D": "wrong_temperature", "E": "entropy_sign"}
 
@@ -185,4 +189,4 @@ def diagnose(answers: dict) -> None:
             raise Hint(f"{letter}: {said!r} is not one of {', '.join(FAULTS)}.")
         raise Hint(f"Run {letter} is not {said}: with that you would see {FAULTS[said].symptom}.")
     verdict = f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT
-    report("diagnose", verdict, EXPLAINS)
+    report("diagnose", verdict, "" if open_ones else " ".join(EXPLAINS))
