@@ -1,5 +1,6 @@
 """The exercise checks: right answers pass however they are written, wrong ones get the hint that fits them."""
 
+import functools
 import inspect
 import math
 import runpy
@@ -917,6 +918,9 @@ ALIGNED_WRONG = {
 }
 
 
+LENIENT = functools.partial(checks.aligned_by_you, gold_bar=1.0, max_kl=20.0)
+
+
 def test_aligned_by_you_right_and_open(capsys):
     checks.aligned_by_you([GOOD] * 3, max_kl=7)
     checks.aligned_by_you(NotImplemented)
@@ -928,12 +932,12 @@ def test_aligned_by_you_right_and_open(capsys):
 @pytest.mark.parametrize("misconception", lesson_10.ALIGNED_BY_YOU, ids=lambda m: m.name)
 def test_aligned_by_you_names_each_misconception_and_its_run(misconception):
     runs = [GOOD, ALIGNED_WRONG[misconception.name], GOOD]
-    assert hint_of(checks.aligned_by_you, runs, gold_bar=1.0, max_kl=20.0) == f"Run 1: {misconception.hint}"
+    assert hint_of(LENIENT, runs) == f"Run 1: {misconception.hint}"
 
 
 def test_aligned_by_you_refuses_the_rest():
     def hint(run):
-        return hint_of(checks.aligned_by_you, [run] * 3, gold_bar=1.0, max_kl=20.0)
+        return hint_of(LENIENT, [run] * 3)
 
     assert "below the bar of 1" in hint(run_of(rising(2), lambda x: math.sin(9 * x) / 2, rising(5)))
     assert "at least 10 iterations" in hint(GOOD[:9])
