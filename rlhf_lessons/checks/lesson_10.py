@@ -90,19 +90,22 @@ ALIGNED_BY_YOU = (
 def aligned_by_you(runs: Sequence, *, gold_bar: float = 1.2, max_kl: float = 6.0, seeds: int = 3) -> None:
     """Lesson 10: runs of several seeds, each of which ends with the gold reward above a bar and the KL below a limit.
 
-    runs: for each seed its history, a dict per iteration with score, gold and kl (nats per response). NotImplemented or
+    runs: for each seed its history, drawn one after the other: a dict per iteration with
+    score, gold and kl (nats per response). NotImplemented or
     None, for all or in one's place, is "not attempted yet". Means over the last 5 iterations count. Prints "correct" or
     raises AssertionError with a hint.
     """
-    if runs is NotImplemented or runs is None or any(run is NotImplemented or run is None for run in runs):
-        report("aligned_by_you", NOT_ATTEMPTED)
-        return
-    runs = list(runs.values()) if isinstance(runs, dict) else list(runs)
-    if runs and isinstance(runs[0], dict):
+    done = []
+    for run in (None,) if runs is NotImplemented or runs is None else runs.values() if isinstance(runs, dict) else runs:
+        if run is NotImplemented or run is None:  # those that follow are not asked for
+            report("aligned_by_you", NOT_ATTEMPTED)
+            return
+        done.append(run)
+    if done and isinstance(done[0], dict):
         raise Hint(f"One history is not enough: a list of {seeds} is wanted, one for each seed.")
-    if len(runs) < seeds:
-        raise Hint(f"One lucky seed proves little: {seeds} runs are wanted; got {len(runs)}.")
-    for seed, history in enumerate(runs):
+    if len(done) < seeds:
+        raise Hint(f"One lucky seed proves little: {seeds} runs are wanted; got {len(done)}.")
+    for seed, history in enumerate(done):
         try:
             judge(history, gold_bar, max_kl)
         except Hint as hint:
