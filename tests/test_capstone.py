@@ -301,7 +301,7 @@ def test_the_packages_losses_are_what_the_solution_computes():
 
 def trained_by(step, seed):
     """The loop of the lesson."""
-    config = trainer.PPOConfig(num_iterations=20, seed=seed, device="cpu")
+    config = trainer.PPOConfig(num_iterations=20, kl_coef=0.2, seed=seed, device="cpu")
     base = models.ASSETS / "base"
     with torch.random.fork_rng(devices=[]):
         policy = models.CausalLMWithValueHead.from_pretrained(base)
@@ -309,7 +309,7 @@ def trained_by(step, seed):
         config, policy, models.load_causal_lm(base), models.load_reward_model(models.ASSETS / "reward_model"),
         tiny_reviews.prompts(500, torch.Generator().manual_seed(10)), models.load_tokenizer(base),
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(policy.parameters(), eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.Adam(policy.parameters(), eps=1e-5)
     history = []
     for done in range(config.num_iterations):
         optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - done / config.num_iterations)
