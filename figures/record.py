@@ -1,10 +1,12 @@
 """What is committed and shipped, made anew: the tiny world's models, the recorded runs, the README's pictures.
 
 `python figures/record.py figures` records the runs that are missing, draws the pictures and prints the README's table;
-`python figures/record.py assets` rebuilds the shipped models and compares them with the shipped ones.
+`python figures/record.py assets` rebuilds the shipped models and compares them with the shipped ones;
+`python figures/record.py ablation` trains with one setting of PPO changed at a time, which lesson 10 draws.
 """
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -22,8 +24,9 @@ from rlhf_lessons.config import PPOConfig
 from rlhf_lessons.data import encode_prompt, pad
 from rlhf_lessons.fitting import annotated_preferences, language_model_loss
 from rlhf_lessons.generation import respond
-from rlhf_lessons.models import ASSETS, load_causal_lm, load_reward_model, load_tokenizer
+from rlhf_lessons.models import ASSETS, CausalLMWithValueHead, load_causal_lm, load_reward_model, load_tokenizer
 from rlhf_lessons.scoring import preference_accuracy
+from rlhf_lessons.trainer import PPOTrainer
 
 BASE_MODEL = (
     "pretrain --seed 1 --layers 2 --width 96 --heads 3 --context 48 --lm-epochs 1 --lm-batch-size 64 "
@@ -34,6 +37,19 @@ TOLERANCES = {"perplexity": 0.2, "accuracy": 0.04, "gold": 0.5}  # between a reb
 RECORDED_FILES = ("config.json", "metrics.jsonl", "summary.json", "samples.md")
 KL_COEFS = (0.0, 0.02, 0.05, 0.1, 0.2)
 SEEDS = (0, 1, 2)
+ABLATION = {  # what is changed of PPO's default settings, one thing at a time but for one pair
+    "default settings": {},
+    "constant learning rate": {"lr_schedule": "constant"},
+    "no price of a missing EOS": {"missing_eos_penalty": 0.0},
+    "neither of the two": {"lr_schedule": "constant", "missing_eos_penalty": 0.0},
+    "no whitening": {"whiten_advantages": False},
+    "no value clip": {"value_clip_eps": math.inf},
+    "no KL in the reward": {"kl_coef": 0.0},
+    "1 epoch": {"ppo_epochs": 1},
+    "8 epochs": {"ppo_epochs": 8},
+    "no gradient clip": {"max_grad_norm": math.inf},
+}
+ABLATION_ITERATIONS, ABLATION_LAST = 20, 5  # of a run, and those whose mean it ends with
 
 
 def type_in(folder: Path, *words: str) -> None:
@@ -142,6 +158,39 @@ def figures(folder: Path) -> None:
     print(summary_table([runs / run_name(b, seed) for b in (PPOConfig().kl_coef, 0.0) for seed in SEEDS]))
 
 
+def ablation_run(seed: int, changes: dict) -> dict[str, float]:
+    """How a run of the tiny world ends with these settings: means of its last iterations."""
+    config = PPOConfig(num_iterations=ABLATION_ITERATIONS, seed=seed, device="cpu", **changes)
+    with torch.random.fork_rng(devices=[]):
+        policy = CausalLMWithValueHead.from_pretrained(ASSETS / "base")
+    trainer = PPOTrainer(
+        config, policy, load_causal_lm(ASSETS / "base"), load_reward_model(ASSETS / "reward_model"),
+        tiny_reviews.prompts(500, torch.Generator().manual_seed(10)), load_tokenizer(ASSETS / "base"),
+    )  # fmt: skip
+
+    def add_gold(step: int, metrics: dict[str, float], batch: object) -> None:
+        metrics["gold"] = float(tiny_reviews.gold_reward(*trainer.texts(batch)).mean())
+
+    last = trainer.train(add_gold)[-ABLATION_LAST:]
+    names = ("score", "gold", "kl", "ended", "response_length")
+    return {name: round(sum(row[name] for row in last) / len(last), 3) for name in names}
+
+
+def ablation(folder: Path, seeds: tuple[int, ...] = SEEDS) -> None:
+    """A run for each change and seed, kept in ablation.json after each change; finished ones are left as they are."""
+    path = folder / "ablation.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    for label, changes in ABLATION.items():
+        if label in kept:
+            continue
+        kept[label] = [ablation_run(seed, changes) for seed in seeds]
+        unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
@@ -152,12 +201,16 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Make what is asked for. Returns 0, or 2 after one line on what was wrong."""
     parser = Parser(prog="python figures/record.py", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("figures", "assets"))
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: figures, or runs/assets for the models")
+    parser.add_argument("what", choices=("figures", "assets", "ablation"))
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: figures, figures/ablation, or runs/assets for the models"
+    )
     options = parser.parse_args(argv)
     try:
         if options.what == "figures":
             figures(options.out or Path(__file__).parent)
+        elif options.what == "ablation":
+            ablation(options.out or Path(__file__).parent / "ablation")
         else:
             rebuild_assets(options.out or Path("runs", "assets"))
     except (OSError, ValueError) as error:

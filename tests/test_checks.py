@@ -1,5 +1,6 @@
 """The exercise checks: right answers pass however they are written, wrong ones get the hint that fits them."""
 
+import functools
 import inspect
 import math
 import runpy
@@ -388,7 +389,7 @@ def test_of_two_known_answers_the_closer_one_lends_its_hint():
 
 def test_no_two_hints_are_alike():
     hints = [wrong.hint for _, wrong in WRONG]
-    hints += [m.hint for m in lesson_00.FOUR_MODELS + lesson_10.TUNED_BETA]
+    hints += [m.hint for m in lesson_00.FOUR_MODELS + lesson_10.ALIGNED_BY_YOU]
     hints += [fault.symptom for fault in checks.FAULTS.values()]
     assert len(set(hints)) == len(hints)
 
@@ -889,7 +890,7 @@ def test_every_single_wrong_answer_about_the_four_models_is_refused():
             hint_of(checks.four_models, {**FOUR, key: model})
 
 
-# --- Lesson 10: tune β -------------------------------------------------------------------------
+# --- Lesson 10: aligned by your own PPO --------------------------------------------------------
 
 
 def run_of(score, gold, kl, steps=20):
@@ -904,49 +905,55 @@ def rising(to, start=0.0):
 
 
 GOOD = run_of(rising(2.1), lambda x: min(2.0, -0.2 + 4 * x), rising(6.5))
-TUNED_WRONG = {
+ALIGNED_WRONG = {
     "gold as the training reward": run_of(rising(3), rising(3), rising(6)),
     "a negative KL": run_of(rising(2), rising(2.5), rising(-4)),
     "no price on the KL": run_of(rising(2.8), rising(-3.6), rising(121)),
     "gold held by luck": run_of(rising(2.8), rising(2.5), rising(60)),
     "the peak taken for the end": run_of(rising(2.8), lambda x: 8 * x * (1 - x), rising(15)),
-    "β too large": run_of(lambda x: 0.05 * x, -0.18, 0.1),
+    "hardly moved": run_of(lambda x: 0.05 * x, -0.18, 0.1),
     "gold without a KL": run_of(rising(2.1), 2.0, 0.1),
     "nothing learned": run_of(rising(-1), 2.0, rising(6)),
     "stopped halfway": run_of(rising(1.5), rising(0.8, -0.2), rising(3)),
 }
 
 
-def test_tuned_beta_right_and_open(capsys):
-    checks.tuned_beta(GOOD)
-    checks.tuned_beta(NotImplemented)
-    checks.tuned_beta(None)
-    assert capsys.readouterr().out == "correct\nnot attempted yet\nnot attempted yet\n"
+LENIENT = functools.partial(checks.aligned_by_you, gold_bar=1.0, max_kl=20.0)
 
 
-@pytest.mark.parametrize("misconception", lesson_10.TUNED_BETA, ids=lambda m: m.name)
-def test_tuned_beta_names_each_misconception(misconception):
-    assert hint_of(checks.tuned_beta, TUNED_WRONG[misconception.name]) == misconception.hint
+def test_aligned_by_you_right_and_open(capsys):
+    checks.aligned_by_you([GOOD] * 3, max_kl=7)
+    checks.aligned_by_you(NotImplemented)
+    checks.aligned_by_you([GOOD, NotImplemented, NotImplemented])
+    checks.aligned_by_you(None)
+    assert capsys.readouterr().out == "correct\n" + 3 * "not attempted yet\n"
 
 
-def test_tuned_beta_refuses_the_rest():
-    wavering = run_of(rising(2), lambda x: math.sin(9 * x) / 2, rising(5))
-    assert "below the bar of 1" in hint_of(checks.tuned_beta, wavering)
-    assert "at least 10 iterations" in hint_of(checks.tuned_beta, GOOD[:9])
-    assert "list of dicts" in hint_of(checks.tuned_beta, {"gold": 2.0})
-    assert "add it in on_step" in hint_of(checks.tuned_beta, [{"score": 1.0, "kl": 1.0}] * 12)
+@pytest.mark.parametrize("misconception", lesson_10.ALIGNED_BY_YOU, ids=lambda m: m.name)
+def test_aligned_by_you_names_each_misconception_and_its_run(misconception):
+    runs = [GOOD, ALIGNED_WRONG[misconception.name], GOOD]
+    assert hint_of(LENIENT, runs) == f"Run 1: {misconception.hint}"
+
+
+def test_aligned_by_you_refuses_the_rest():
+    def hint(run):
+        return hint_of(LENIENT, [run] * 3)
+
+    assert "below the bar of 1" in hint(run_of(rising(2), lambda x: math.sin(9 * x) / 2, rising(5)))
+    assert "at least 10 iterations" in hint(GOOD[:9])
+    assert "list of dicts" in hint(2.0)
+    assert "add it in the loop" in hint([{"score": 1.0, "kl": 1.0}] * 12)
     broken = [dict(step) for step in GOOD]
     broken[7]["gold"] = math.nan
-    assert "nan in iteration 8" in hint_of(checks.tuned_beta, broken)
+    assert "nan in iteration 8" in hint(broken)
+    assert "a list of 3" in hint_of(checks.aligned_by_you, GOOD)
+    assert "3 runs are wanted; got 1" in hint_of(checks.aligned_by_you, [GOOD])
 
 
-def test_the_bar_and_the_limit_of_tuned_beta_count(capsys):
-    checks.tuned_beta(GOOD, gold_bar=1.9, max_kl=7)
-    assert capsys.readouterr().out == "correct\n"
-    with pytest.raises(AssertionError):
-        checks.tuned_beta(GOOD, gold_bar=2.1)
-    with pytest.raises(AssertionError, match="larger β"):
-        checks.tuned_beta(GOOD, max_kl=5)
+def test_the_bar_and_the_limit_of_aligned_by_you_count():
+    for limits in ({"gold_bar": 2.1, "max_kl": 7}, {"gold_bar": 1.9, "max_kl": 5}):
+        with pytest.raises(AssertionError):
+            checks.aligned_by_you([GOOD] * 3, **limits)
 
 
 # --- Lesson 10: the five planted faults --------------------------------------------------------
@@ -1038,11 +1045,21 @@ def test_diagnose_right_open_and_half_open(capsys):
     checks.diagnose(lesson_10.PLANTED)
     checks.diagnose(dict.fromkeys(lesson_10.PLANTED))
     checks.diagnose({**lesson_10.PLANTED, "B": None, "E": None})
-    assert capsys.readouterr().out.splitlines() == [
-        "correct",
-        "not attempted yet",
-        "right so far; not attempted yet: B, E",
-    ]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "correct" and "A, kl_sign:" in said[2]
+    assert said[-2:] == ["not attempted yet", "right so far; not attempted yet: B, E"]
+    assert "beat the healthy run in gold" in " ".join(said)
+
+
+def test_what_the_solved_hunt_explains_is_what_the_runs_show(runs, healthy):
+    better_gold = {fault for fault, run in runs.items() if last(run, "gold") > last(healthy, "gold")}
+    assert better_gold == {"kl_sign", "wrong_temperature"}
+    by_far = {fault for fault, run in runs.items() if last(run, "score") > last(healthy, "score") + 2}
+    assert by_far == {"wrong_temperature", "entropy_sign"}
+    assert last(runs["entropy_sign"], "score") == 10 and last(runs["entropy_sign"], "gold") == 1
+    assert set(lesson_10.PLANTED.values()) == {
+        line.split(",")[1].split(":")[0].strip() for line in lesson_10.EXPLAINS[:5]
+    }
 
 
 @pytest.mark.parametrize("letter", lesson_10.PLANTED)

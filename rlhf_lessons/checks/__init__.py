@@ -5,6 +5,7 @@ with the package's own on every input. Otherwise it raises AssertionError with a
 answer where it is a known one, else the first input on which it is wrong.
 """
 
+from rlhf_lessons.checks.capstone import my_credit, my_losses, my_step
 from rlhf_lessons.checks.faults import FAULTS
 from rlhf_lessons.checks.lesson_00 import four_models, two_oddities
 from rlhf_lessons.checks.lesson_01 import action_log_probs, shift_by_one
@@ -16,11 +17,12 @@ from rlhf_lessons.checks.lesson_06 import importance_ratio, missing_support
 from rlhf_lessons.checks.lesson_07 import clipped_policy_loss, max_for_min
 from rlhf_lessons.checks.lesson_08 import late_score, sampled_kl, shaped_rewards
 from rlhf_lessons.checks.lesson_09 import left_padding, value_head
-from rlhf_lessons.checks.lesson_10 import diagnose, faulty_runs, healthy_run, tuned_beta
+from rlhf_lessons.checks.lesson_10 import aligned_by_you, diagnose, faulty_runs, healthy_run
 
 __all__ = [
     "FAULTS",
     "action_log_probs",
+    "aligned_by_you",
     "bradley_terry_loss",
     "clipped_policy_loss",
     "diagnose",
@@ -35,6 +37,9 @@ __all__ = [
     "left_padding",
     "max_for_min",
     "missing_support",
+    "my_credit",
+    "my_losses",
+    "my_step",
     "next_episode",
     "peeking_baseline",
     "policy_gradient_loss",
@@ -42,7 +47,6 @@ __all__ = [
     "sampled_kl",
     "shaped_rewards",
     "shift_by_one",
-    "tuned_beta",
     "two_oddities",
     "value_head",
 ]

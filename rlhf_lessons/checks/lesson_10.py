@@ -1,4 +1,4 @@
-"""Lesson 10: a run tuned to keep the gold reward, and five faulty runs to tell apart."""
+"""Lesson 10: three seeds aligned by the learner's own PPO, and five faulty runs to tell apart."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rlhf_lessons.checks._harness import CORRECT, NOT_ATTEMPTED, Hint, Misconception, first_misconception, report
 from rlhf_lessons.checks.faults import FAULTS, toy_history
 
-# --- Exercise: tune β --------------------------------------------------------------------------
+# --- Exercise: align a model by your own PPO ----------------------------------------------------
 
 NEEDED = ("score", "gold", "kl")
 LAST = 5  # iterations whose mean is what a run ends with
@@ -27,12 +27,12 @@ def moved(history: Sequence[dict]) -> bool:
     return ending(history, "kl") >= 0.5
 
 
-TUNED_BETA = (
+ALIGNED_BY_YOU = (
     Misconception(
         "gold as the training reward",
         lambda h, bar, limit: all(step["score"] == step["gold"] for step in h),
         "score and gold are the same numbers: the run was trained on the gold reward. Nothing may be, or there is "
-        "no judge left. Train on the reward model and steer with β.",
+        "no judge left. Train on the scores of the facts.",
     ),
     Misconception(
         "a negative KL",
@@ -47,25 +47,25 @@ TUNED_BETA = (
             ending(h, "kl") > limit and ending(h, "gold") < bar and ending(h, "score") > h[0]["score"]
         ),
         "The proxy has climbed, the gold reward has not, and the KL is beyond its limit: the reward model is "
-        "being gamed. β is too small.",
+        "being gamed. Is β's share of the reward there on every token, and does the learning rate fall to 0?",
     ),
     Misconception(
         "gold held by luck",
         lambda h, bar, limit: ending(h, "kl") > limit and ending(h, "gold") >= bar,
         "The gold reward is above the bar, but the KL is beyond its limit: so far from the reference nothing "
-        "vouches for the proxy. Ask the same of a larger β.",
+        "vouches for the proxy. Ask the same of a policy that is held nearer, by β or by fewer epochs.",
     ),
     Misconception(
         "the peak taken for the end",
         lambda h, bar, limit: best(h, "gold") >= bar > ending(h, "gold"),
         "The gold reward was above the bar on the way and is below it at the end. What counts is what the run "
-        "ends with: a larger β holds it, or fewer iterations.",
+        "ends with. Does the learning rate fall to 0, and does a missing EOS cost something?",
     ),
     Misconception(
-        "β too large",
+        "hardly moved",
         lambda h, bar, limit: not moved(h) and ending(h, "gold") < bar,
-        "The policy has hardly left the reference: the KL is near 0, and nothing has improved. β is too large, or "
-        "the run too short.",
+        "The policy has hardly left the reference: the KL is near 0, and nothing has improved. Does the optimiser "
+        "hold the policy's parameters, and is its step called?",
     ),
     Misconception(
         "gold without a KL",
@@ -82,30 +82,48 @@ TUNED_BETA = (
     Misconception(
         "stopped halfway",
         lambda h, bar, limit: ending(h, "gold") < bar and ending(h, "gold") >= best(h, "gold") - 1e-9,
-        "The gold reward was still climbing when the run ended below the bar: let it run longer, or lower β a little.",
+        "The gold reward was still climbing when the run ended below the bar: were there enough iterations and epochs?",
     ),
 )
 
 
-def tuned_beta(history: Sequence[dict[str, float]], *, gold_bar: float = 1.0, max_kl: float = 20.0) -> None:
-    """Lesson 10: a run that ends with the gold reward above a bar and the KL below a limit.
+def aligned_by_you(runs: Sequence, *, gold_bar: float = 1.2, max_kl: float = 6.0, seeds: int = 3) -> None:
+    """Lesson 10: runs of several seeds, each of which ends with the gold reward above a bar and the KL below a limit.
 
-    history: the metrics of one run, a dict per iteration with score, gold and kl (nats per response), as
-    `PPOTrainer.train` returns them with gold added by on_step; NotImplemented or None is "not attempted yet". Means
-    over the last 5 iterations count. Prints "correct" or raises AssertionError with a hint.
+    runs: for each seed its history, drawn one after the other: a dict per iteration with
+    score, gold and kl (nats per response). NotImplemented or
+    None, for all or in one's place, is "not attempted yet". Means over the last 5 iterations count. Prints "correct" or
+    raises AssertionError with a hint.
     """
-    if history is NotImplemented or history is None:
-        report("tuned_beta", NOT_ATTEMPTED)
-        return
+    done = []
+    for run in (None,) if runs is NotImplemented or runs is None else runs.values() if isinstance(runs, dict) else runs:
+        if run is NotImplemented or run is None:  # those that follow are not asked for
+            report("aligned_by_you", NOT_ATTEMPTED)
+            return
+        done.append(run)
+    if done and isinstance(done[0], dict):
+        raise Hint(f"One history is not enough: a list of {seeds} is wanted, one for each seed.")
+    if len(done) < seeds:
+        raise Hint(f"One lucky seed proves little: {seeds} runs are wanted; got {len(done)}.")
+    for seed, history in enumerate(done):
+        try:
+            judge(history, gold_bar, max_kl)
+        except Hint as hint:
+            raise Hint(f"Run {seed}: {hint}") from None
+    report("aligned_by_you", CORRECT)
+
+
+def judge(history: Sequence[dict[str, float]], gold_bar: float, max_kl: float) -> None:
+    """Raise a hint unless this run ends above the bar and below the limit."""
     check_history(history)
-    first_misconception(TUNED_BETA, history, gold_bar, max_kl)
+    first_misconception(ALIGNED_BY_YOU, history, gold_bar, max_kl)
     gold = ending(history, "gold")
     if gold < gold_bar:
         raise Hint(
             f"The gold reward ends at {gold:.2f}, below the bar of {gold_bar:g}, with the proxy at "
-            f"{ending(history, 'score'):.2f} and a KL of {ending(history, 'kl'):.1f} nats. Try another β."
+            f"{ending(history, 'score'):.2f} and a KL of {ending(history, 'kl'):.1f} nats. What differs from the "
+            "lesson's settings?"
         )
-    report("tuned_beta", CORRECT)
 
 
 def check_history(history: object) -> None:
@@ -116,7 +134,7 @@ def check_history(history: object) -> None:
         raise Hint(f"A run of at least {2 * LAST} iterations is wanted, so that it has an end; got {len(history)}.")
     for number, step in enumerate(history, start=1):
         if missing := [name for name in NEEDED if name not in step]:
-            advice = ": add it in on_step, metrics['gold'] = ..." if "gold" in missing else ""
+            advice = ": add it in the loop, metrics['gold'] = ..." if "gold" in missing else ""
             raise Hint(f"Iteration {number} has no {', '.join(missing)}{advice}.")
         for name in NEEDED:
             if not math.isfinite(step[name]):
@@ -125,6 +143,20 @@ def check_history(history: object) -> None:
 
 # --- Bug hunt: one of five planted faults ------------------------------------------------------
 
+EXPLAINS = (
+    "A, kl_sign: leaving the reference is paid for, so the reward lies above the score. With no price on it the policy "
+    "went further than the healthy one, and in a short run the proxy still points the right way there: gold is higher, "
+    "too.",
+    "B, critic_not_trained: V stays 0, so every advantage carries the whole noise of the score. It learns, but slowly.",
+    "C, score_lost: nothing pays for anything, so nothing moves.",
+    "D, wrong_temperature: the log judges colder samples than the policy at temperature 1 would write, and those are "
+    "its likelier, better paid texts. Gold beats the healthy run's, but it is not the gold of the policy that is "
+    "scored, and the ratio says so before the first step.",
+    "E, entropy_sign: the policy writes one text, the best word ten times. The proxy is 10, the highest there is, and "
+    "gold only 1, for nine of the ten are repetitions.",
+    "So two faults (A and D) beat the healthy run in gold, and two (D and E) by far in score: a good end does not show "
+    "that a run is right. The invariants do.",
+)
 PLANTED = {"A": "kl_sign", "B": "critic_not_trained", "C": "score_lost", "D": "wrong_temperature", "E": "entropy_sign"}
 
 
@@ -159,4 +191,5 @@ def diagnose(answers: dict) -> None:
         if said not in FAULTS:
             raise Hint(f"{letter}: {said!r} is not one of {', '.join(FAULTS)}.")
         raise Hint(f"Run {letter} is not {said}: with that you would see {FAULTS[said].symptom}.")
-    report("diagnose", f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT)
+    verdict = f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT
+    report("diagnose", verdict, "" if open_ones else " ".join(EXPLAINS))
