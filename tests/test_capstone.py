@@ -1,6 +1,9 @@
 """Lesson 10's exercise: a solution that a learner could write passes, and each mistake planted in it gets its name."""
 
 import functools
+import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -330,3 +333,19 @@ def test_the_bar_is_reached_in_one_seed(capsys):
 def test_the_bar_is_reached_in_three_seeds(capsys):
     checks.aligned_by_you([trained_by(written()["my_step"], seed) for seed in range(3)])
     assert capsys.readouterr().out == "correct\n"
+
+
+# ---- the recorded ablation, as the lesson reads it ----------------------------------------------
+
+
+def test_what_the_lesson_says_of_the_ablation_is_what_was_recorded():
+    figures = Path(__file__).parents[1] / "figures"
+    wanted = runpy.run_path(str(figures / "record.py"))
+    ended = json.loads((figures / "ablation" / "ablation.json").read_text(encoding="utf-8"))
+    assert list(ended) == list(wanted["ABLATION"])
+    assert all(len(seeds) == len(wanted["SEEDS"]) for seeds in ended.values())
+    gold, kl = ({label: [seed[name] for seed in seeds] for label, seeds in ended.items()} for name in ("gold", "kl"))
+    assert max(gold["no KL in the reward"]) < 0.9 and min(kl["no KL in the reward"]) > 17
+    assert min(gold["constant learning rate"] + gold["no price of a missing EOS"]) > 1.5
+    assert sorted(gold["neither of the two"])[0] < 0.64 and sorted(gold["neither of the two"])[1] > 1.5
+    assert max(gold["1 epoch"]) < min(gold["default settings"])
