@@ -12,6 +12,9 @@ help:                   ## this list
 ppo: $(READY)           ## align the tiny language model and write its report
 	$(PY) -m rlhf_lessons run $(ARGS)
 
+# Of two kernels of one name, that of .venv.
+lab: export JUPYTER_PREFER_ENV_PATH = 1
+
 # One thread each: two processes on two cores would wait for each other, and the lessons' numbers are those of one.
 test proof notebooks lab mutants: export OMP_NUM_THREADS = 1
 

@@ -31,7 +31,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-from rlhf_lessons.checks.record import RECORD, write
+from rlhf_lessons.checks.record import KEPT, RECORD, write
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 LAB = FOLDER.with_name("lab")  # the learner's own copy
@@ -122,21 +122,24 @@ def save(notebook, path: Path) -> None:
 
 
 def learners_copy(path: Path) -> nbformat.NotebookNode:
-    """The notebook without outputs, and with what will show the package's solution folded."""
-    notebook, section = nbformat.read(path, as_version=4), ""
+    """The notebook without outputs, and with the section that shows the package's solution folded.
+
+    JupyterLab unfolds a cell's output whenever the cell runs; a folded heading stays folded, "Run All" or not.
+    """
+    notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            section = (re.findall(r"^## (.*?)\s*$", cell.source, re.M) or [section])[-1]
-        else:
+        if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-            if section == "In code":
-                cell.metadata["jupyter"] = {"outputs_hidden": True}
+        elif re.search(r"^## In code\s*$", cell.source, re.M):
+            cell.metadata["jp-MarkdownHeadingCollapsed"] = True
     notebook.metadata.pop("executed", None)
     return notebook
 
 
 def copy(fresh: Sequence[Path] = (), *, to: Path = LAB, source: Path = FOLDER) -> list[str]:
     """Copy each notebook that is not there yet, and `fresh` ones again, the learner's file kept under another name.
+
+    A `fresh` one may be named by its path here or in the copy.
 
     Returns what was done, a line each.
     """
@@ -146,8 +149,8 @@ def copy(fresh: Sequence[Path] = (), *, to: Path = LAB, source: Path = FOLDER) -
     said = []
     for path in sorted(source.glob("*.ipynb")):
         target = to / path.name
-        if target.exists() and path in fresh:
-            kept = next(name for n in count(1) if not (name := to / f"{path.stem}.kept-{n}.ipynb").exists())
+        if target.exists() and path.name in {named.name for named in fresh}:
+            kept = next(name for n in count(1) if not (name := to / f"{path.stem}{KEPT}{n}.ipynb").exists())
             os.replace(target, kept)
             said.append(f"{target.name}: copied anew; yours is kept as {kept.name}")
         if not target.exists():

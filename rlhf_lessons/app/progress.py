@@ -4,39 +4,45 @@ import json
 import re
 from pathlib import Path
 
-from rlhf_lessons.checks.record import read
+from rlhf_lessons.checks.record import KEPT, read
 
 JUDGED = re.compile(r"^checks\.(\w+)\(\w", re.M)  # a check that is given an answer
 SECTIONS = {"Your turn": "exercise", "Bug hunt": "hunt"}
 
 
 def checks_in(lesson: Path) -> list[tuple[str, str]]:
-    """The checks of a lesson's exercises and hunts, in order: ("exercise" or "hunt", name)."""
+    """The checks of a lesson's exercises and hunts, in order: ("exercise" or "hunt", name).
+
+    Raises ValueError, naming it, for a lesson that is no notebook.
+    """
     found, section = [], ""
-    for cell in json.loads(lesson.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            section = (re.findall(r"^## (.*?)\s*$", source, re.M) or [section])[-1]
-        elif section in SECTIONS:
-            found += [(SECTIONS[section], name) for name in JUDGED.findall(source)]
+    try:
+        for cell in json.loads(lesson.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                section = (re.findall(r"^## (.*?)\s*$", source, re.M) or [section])[-1]
+            elif section in SECTIONS:
+                found += [(SECTIONS[section], name) for name in JUDGED.findall(source)]
+    except (KeyError, TypeError, ValueError) as error:
+        again = f"`make lab FRESH={lesson.name[:2]}` starts the lesson anew and keeps this file"
+        raise ValueError(f"{lesson} is no notebook any more; {again}") from error
     return found
 
 
 def progress_table(folder: Path) -> str:
     """A Markdown table, a row for each check of the lessons in a folder that `make lab` made, and the count.
 
-    Raises ValueError for a folder without a record.
+    Raises ValueError for a folder without a record, and for a lesson that is no notebook.
     """
     try:
         solved = read(folder)
         rows = [
             (lesson.stem.replace("_", " "), kind, name, solved.get(name, ""))
-            for lesson in sorted(folder.glob("[0-9][0-9]_*.ipynb")) for kind, name in checks_in(lesson)
+            for lesson in sorted(folder.glob("[0-9][0-9]_*.ipynb")) if KEPT not in lesson.name
+            for kind, name in checks_in(lesson)
         ]  # fmt: skip
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: no copy of the lessons there; `make lab` makes one") from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: holds a lesson that is no notebook") from error
     lines = ["| lesson | kind | check | solved |", "| --- | --- | --- | --- |"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([*lines, "", f"{sum(bool(row[3]) for row in rows)} of {len(rows)} solved"])

@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 
 RECORD = "solved.json"  # check -> the day on which it was first solved
+KEPT = ".kept-"  # in the name of a lesson that was started anew since
 
 
 def read(folder: Path) -> dict[str, str]:
@@ -23,8 +24,11 @@ def read(folder: Path) -> dict[str, str]:
 def write(folder: Path, kept: dict[str, str]) -> None:
     """Keep it, whole or not at all."""
     unfinished = folder / f".{RECORD}.{os.getpid()}.tmp"
-    unfinished.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / RECORD)
+    try:
+        unfinished.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, folder / RECORD)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def solved(name: str) -> None:
