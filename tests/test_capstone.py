@@ -349,3 +349,7 @@ def test_what_the_lesson_says_of_the_ablation_is_what_was_recorded():
     assert min(gold["constant learning rate"] + gold["no price of a missing EOS"]) > 1.5
     assert sorted(gold["neither of the two"])[0] < 0.64 and sorted(gold["neither of the two"])[1] > 1.5
     assert max(gold["1 epoch"]) < min(gold["default settings"])
+    page = (figures / "README.md").read_text(encoding="utf-8").replace("−", "-")
+    for label in ended:
+        low_high = [f"{min(x):.{digits}f} to {max(x):.{digits}f}" for x, digits in ((gold[label], 2), (kl[label], 1))]
+        assert f"| {label} | {' | '.join(low_high)} |" in page

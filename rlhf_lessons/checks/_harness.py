@@ -208,7 +208,7 @@ def report(name: str, verdict: str, explains: str = "") -> None:
         return
     record.solved(name)
     if explains:
-        print(f"\n{fill(explains, width=100)}")
+        print("", *(fill(paragraph, width=100) for paragraph in explains.splitlines()), sep="\n")
 
 
 @cache
