@@ -1,5 +1,5 @@
-"""Spine. From the policy gradient theorem to the clip: what a surrogate from an old policy's samples leaves out, and what
-bounds it, on grids (every state and step) and on text worlds that are listed completely.
+"""Spine. From the policy gradient theorem to the clip: what a surrogate from an old policy's samples leaves out, and
+what bounds it, on grids (every state and step) and on text worlds that are listed completely.
 """
 
 import functools
