@@ -192,4 +192,4 @@ def diagnose(answers: dict) -> None:
             raise Hint(f"{letter}: {said!r} is not one of {', '.join(FAULTS)}.")
         raise Hint(f"Run {letter} is not {said}: with that you would see {FAULTS[said].symptom}.")
     verdict = f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT
-    report("diagnose", verdict, "" if open_ones else " ".join(EXPLAINS))
+    report("diagnose", verdict, "" if open_ones else "\n".join(EXPLAINS))
