@@ -82,7 +82,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Generalised advantage estimation, all steps at once.
 
-        Â_t = Σ_k (γλ)^k δ_{t+k},   R̂_t = Â_t + V(s_t)                                                  (Eq. 5.4)
+        Â_t = Σ_k (γλ)^k δ_{t+k},   R̂_t = Â_t + V(s_t)                                                  (Eq. 5.3)
 
     λ = 0 is the TD residual, λ = 1 the Monte Carlo return minus V. Shapes and ends as in the module's docstring;
     returns (advantages, returns), each (B, T), 0 where mask is False. Raises ValueError for unequal shapes, γ or λ
@@ -102,7 +102,7 @@ def gae_recursion(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Generalised advantage estimation as its recursion is written, from the last step back.
 
-        Â_t = δ_t + γλ Â_{t+1},   Â after an episode's end = 0                                          (Eq. 5.3)
+        Â_t = δ_t + γλ Â_{t+1},   Â after an episode's end = 0                                          (Eq. 5.4)
 
     Arguments, results and errors as in `gae`.
     Source: Schulman et al. 2016, "High-dimensional continuous control using GAE", Eq. 16.

@@ -9,7 +9,7 @@ from rlhf_lessons.masking import check_same_shape, full_precision, inverse_devia
 def leave_one_out_baseline(returns: Tensor) -> Tensor:
     """For each of K samples of a prompt, the mean return of the other K − 1.
 
-        b_k = (1/(K−1)) Σ_{j≠k} R_j                                                                     (Eq. 4.2)
+        b_k = (1/(K−1)) Σ_{j≠k} R_j                                                                     (Eq. 4.4)
 
     returns (B, K), K ≥ 2 -> (B, K). Sample k's own action does not enter b_k, so the gradient stays unbiased; the mean
     over all K would see it. Raises ValueError for K < 2.

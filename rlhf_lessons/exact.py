@@ -67,7 +67,7 @@ def exact_expectation(
 ) -> Tensor:
     """Expectation as the sum over everything that can happen; autograd gives its exact gradient.
 
-    E_{τ~P}[f(τ)] = Σ_τ P(τ) f(τ)                                       (Eq. 3.3)
+    E_{τ~P}[f(τ)] = Σ_τ P(τ) f(τ)                                       (Eq. 3.2)
 
     Gradients flow through P and, where f is differentiable, through f. What f says about sequences
     of probability zero does not count, be it infinite or NaN.

@@ -156,7 +156,7 @@ class GridWorld:
         """Exact values of a policy, by one linear solve or, with a horizon, backward induction.
 
         V = (I − γ P_π)⁻¹ r_π,   Q(s,a) = Σ_s' P(s'|s,a) [r(s,a,s') + γ V(s')],
-        A(s,a) = Q(s,a) − V(s)                                          (Eq. 4.4)
+        A(s,a) = Q(s,a) − V(s)                                          (Eq. 4.2)
 
         where P_π and r_π average over a ~ π(·|s). With a horizon T the same Bellman equation runs
         backward in time from V_T = 0. Terminal states have value 0. Differentiable in the policy.

@@ -22,7 +22,7 @@ def bounded_exponent(x: Tensor) -> Tensor:
 def importance_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
     """How much more likely the new policy makes what the old one sampled.
 
-        ρ_t = π(a_t|s_t) / π_old(a_t|s_t) = exp(log π − log π_old)                                      (Eq. 6.1)
+        ρ_t = π(a_t|s_t) / π_old(a_t|s_t) = exp(log π − log π_old)                                      (Eq. 6.2)
 
     log_probs, old_log_probs of one shape -> that shape. Per token it leaves out the ratio of the states' probabilities:
     the whole sequence's weight is the product of its ratios. At most some 10¹⁸: see `bounded_exponent`.
@@ -36,7 +36,7 @@ def importance_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
 def importance_mean(f: Tensor, weights: Tensor, *, self_normalized: bool = False) -> Tensor:
     """Mean of f under p, from samples of q, with weights w = p/q.
 
-        E_p[f] ≈ (1/N) Σ_i w_i f_i,   or self-normalised   Σ_i w_i f_i / Σ_i w_i                        (Eq. 6.2)
+        E_p[f] ≈ (1/N) Σ_i w_i f_i,   or self-normalised   Σ_i w_i f_i / Σ_i w_i                        (Eq. 6.1)
 
     f, weights (N,) -> (). The first is unbiased where q > 0 wherever p·f ≠ 0; the second is biased but consistent,
     works with unnormalised weights and never leaves the range of f. Raises ValueError when the shapes disagree.

@@ -70,7 +70,7 @@ def masked_var(x: Tensor, mask: Tensor | None = None) -> Tensor:
 def masked_whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True) -> Tensor:
     """Scale to variance 1 over the real tokens and, with shift_mean, shift to mean 0.
 
-        x̂ = (x − mean) / √(var + ε·mean x²),  plus mean if not shift_mean                               (Eq. 7.7)
+        x̂ = (x − mean) / √(var + ε·mean x²),  plus mean if not shift_mean                               (Eq. 7.5)
 
     x, mask: same shape; returns that shape, 0 where mask is False. ε is the square of 16 roundings, relative to the
     size of x, so that equal values give 0 and what differs by rounding alone is not blown up to size 1.

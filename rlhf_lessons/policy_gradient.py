@@ -37,7 +37,7 @@ def action_log_probs(logits: Tensor, actions: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of each action distribution, the quantity that an entropy bonus rewards.
 
-        H(s_t) = −Σ_v p_v log p_v = logsumexp z_t − Σ_v p_v z_t[v],   p = softmax z_t                   (Eq. 7.4)
+        H(s_t) = −Σ_v p_v log p_v = logsumexp z_t − Σ_v p_v z_t[v],   p = softmax z_t                   (Eq. 7.6)
 
     logits (..., V) -> (...), in nats: 0 for a certain choice, log V for a uniform one. A logit of −∞ counts as
     probability 0.
@@ -101,7 +101,7 @@ def reward_to_go(rewards: Tensor, mask: Tensor | None = None, *, gamma: float) -
 def policy_gradient_loss(log_probs: Tensor, weights: Tensor, mask: Tensor | None = None) -> Tensor:
     """The loss whose gradient estimates −∇J: descending it ascends J.
 
-        L = −(1/B) Σ_b Σ_t log π(a_t|s_t) · w_t                                                         (Eq. 3.2)
+        L = −(1/B) Σ_b Σ_t log π(a_t|s_t) · w_t                                                         (Eq. 3.3)
 
     log_probs, weights, mask (B, T) -> (). Summed over time and averaged over episodes, so that its gradient is that
     of the expected return and not of a return per token. The weights (returns, advantages) are held constant:

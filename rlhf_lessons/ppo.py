@@ -59,7 +59,7 @@ def clipped_value_loss(
 ) -> Tensor:
     """Squared error of the critic, blind to gains from moving further than ε from the old value.
 
-        L = ½ mean_t max((V − R̂)², (V_old + clip(V − V_old, −ε, ε) − R̂)²)                               (Eq. 7.2)
+        L = ½ mean_t max((V − R̂)², (V_old + clip(V − V_old, −ε, ε) − R̂)²)                               (Eq. 7.3)
 
     All (B, T) -> (). Raises ValueError for unequal shapes or clip_eps ≤ 0 (∞ switches the clip off).
     Source: Ziegler et al. 2019, "Fine-tuning language models from human preferences", released code.
@@ -76,7 +76,7 @@ def clipped_value_loss(
 def ppo_loss(policy_loss: Tensor, value_loss: Tensor, entropy: Tensor, *, vf_coef: float, ent_coef: float) -> Tensor:
     """The whole of what is minimised: entropy enters with a minus, since more of it is to be kept.
 
-        L = L_policy + c_v L_value − c_H H                                                              (Eq. 7.3)
+        L = L_policy + c_v L_value − c_H H                                                              (Eq. 7.7)
 
     Scalars -> (). Source: Schulman et al. 2017, "Proximal policy optimization algorithms", Eq. 9 (there as an
     objective).
@@ -90,7 +90,7 @@ def clip_fraction(
 ) -> Tensor:
     """Share of the real tokens whose ratio has left the clip range.
 
-        mean_t 1[|ρ_t − 1| > ε];   with advantages: mean_t 1[clip(ρ_t) Â_t < ρ_t Â_t]                   (Eq. 7.5)
+        mean_t 1[|ρ_t − 1| > ε];   with advantages: mean_t 1[clip(ρ_t) Â_t < ρ_t Â_t]                   (Eq. 7.2)
 
     ratio, mask, advantages (B, T) -> (). With `advantages` only the tokens count whose gradient the clip removes;
     without them all that are outside, which is a larger number. Raises ValueError for unequal shapes or clip_eps ≤ 0.
@@ -109,7 +109,7 @@ def clip_fraction(
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = None) -> Tensor:
     """Share of the returns' variance that the critic foresaw.
 
-        1 − Var(R̂ − V) / Var(R̂)                                                                         (Eq. 7.6)
+        1 − Var(R̂ − V) / Var(R̂)                                                                         (Eq. 7.4)
 
     values, returns, mask of one shape -> (): 1 for a perfect critic, 0 for a constant one, negative for a harmful one;
     0 where the returns differ by rounding alone.

@@ -1,6 +1,6 @@
 """The map from each numbered equation to the function that computes it, the tests that check it and its lesson.
 
-Everything is read from the sources: the label "(Eq. 5.4)" in a docstring, `@pytest.mark.equation("5.4")` on a test,
+Everything is read from the sources: the label "(Eq. 5.3)" in a docstring, `@pytest.mark.equation("5.3")` on a test,
 the label and a call in notebook 05. `python tests/equations.py` prints it.
 """
 

@@ -118,8 +118,8 @@ def test_n_step_by_hand():
     assert n_step_advantages(REWARDS, VALUES, gamma=0.5, n=50).tolist() == [[1, 0, -4]]
 
 
-@pytest.mark.equation("5.3")
 @pytest.mark.equation("5.4")
+@pytest.mark.equation("5.3")
 @pytest.mark.parametrize("form", FORMS)
 def test_gae_by_hand(form):
     advantages, returns = form(REWARDS, VALUES, gamma=0.5, lam=0.5)
@@ -149,8 +149,8 @@ def test_n_step_by_definition(seed, gamma, n):
     torch.testing.assert_close(n_step_advantages(**data, gamma=gamma, n=n), expected)
 
 
-@pytest.mark.equation("5.3")
 @pytest.mark.equation("5.4")
+@pytest.mark.equation("5.3")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("gamma, lam", [(0.9, 0.8), (1.0, 0.95), (0.99, 0.0), (0.99, 1.0), (0.0, 0.5), (1.0, 1.0)])
 @pytest.mark.parametrize("definition", [discounted_residuals, lambda_average])
@@ -163,7 +163,7 @@ def test_gae_by_definition(form, definition, gamma, lam, seed):
     torch.testing.assert_close(returns, torch.where(data["mask"], expected + data["values"], 0))
 
 
-@pytest.mark.equation("5.4")
+@pytest.mark.equation("5.3")
 @pytest.mark.parametrize("form", FORMS)
 def test_gae_solves_a_linear_system(form):
     """Â = δ + γλ S Â with S the shift, so Â = (I − γλ S)⁻¹ δ."""

@@ -123,7 +123,7 @@ def test_equations_are_listed_by_label_with_their_functions(capsys):
 def test_equations_of_the_package_are_found(capsys):
     display.equation_table(gae, td_residuals, GridWorld.policy_evaluation, CausalLMWithValueHead)
     first, second, third, fourth = capsys.readouterr().out.splitlines()
-    assert first.startswith("(Eq. 4.4)  gridworld.GridWorld.policy_evaluation  V = (I")
+    assert first.startswith("(Eq. 4.2)  gridworld.GridWorld.policy_evaluation  V = (I")
     assert second.split("  ")[:2] == ["(Eq. 5.1)", "advantages.td_residuals"]
     assert "δ_t = r_t + γ V(s_{t+1}) − V(s_t)" in second and "Â_t = Σ_k" in third
     assert fourth.endswith("V(s_t) = w·h_t + b")

@@ -145,7 +145,7 @@ def test_bad_masks_are_refused(mask, message):
 # --- expectations ------------------------------------------------------------------------------
 
 
-@pytest.mark.equation("3.3")
+@pytest.mark.equation("3.2")
 def test_expectation_by_hand():
     sequences = torch.tensor([[0], [1], [2]])
     log_probs = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64).log()
@@ -158,7 +158,7 @@ def test_expectation_by_hand():
     assert length.item() == pytest.approx(1.3)
 
 
-@pytest.mark.equation("3.3")
+@pytest.mark.equation("3.2")
 def test_gradient_of_the_expectation_matches_finite_differences():
     policy, sequences, _, rewards = world(3, 2, 2)
     returns = rewards.sum(dim=1)
@@ -176,7 +176,7 @@ def test_gradient_of_the_expectation_matches_finite_differences():
     assert through_method.item() == pytest.approx(objective(policy.logits).item())
 
 
-@pytest.mark.equation("3.3")
+@pytest.mark.equation("3.2")
 def test_expectation_differentiates_f_too():
     policy, sequences, _, _ = world(3, 2, None)
     entropy = exact_expectation(policy.sequence_log_prob, lambda s: -policy.sequence_log_prob(s), sequences)

@@ -86,7 +86,7 @@ def test_values_go_back_on_the_map():
 # --- evaluation --------------------------------------------------------------------------------
 
 
-@pytest.mark.equation("4.4")
+@pytest.mark.equation("4.2")
 def test_corridor_by_hand():
     """Always right: a step works with 0.8, and with 0.2 the agent stays."""
     world = GridWorld.named("corridor")
@@ -100,7 +100,7 @@ def test_corridor_by_hand():
     assert (q[2] == 0).all()
 
 
-@pytest.mark.equation("4.4")
+@pytest.mark.equation("4.2")
 def test_two_steps_of_the_corridor_by_hand():
     world = GridWorld.named("corridor")
     v, q, _ = world.policy_evaluation(always(world, "right"), horizon=2)
@@ -111,7 +111,7 @@ def test_two_steps_of_the_corridor_by_hand():
     assert q.shape == (2, 3, 2)
 
 
-@pytest.mark.equation("4.4")
+@pytest.mark.equation("4.2")
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize("name", GRIDS)
 def test_linear_solve_is_the_limit_of_backward_induction(name, gamma):
@@ -125,7 +125,7 @@ def test_linear_solve_is_the_limit_of_backward_induction(name, gamma):
     assert (v[world.terminal] == 0).all() and (q[world.terminal] == 0).all()
 
 
-@pytest.mark.equation("4.4")
+@pytest.mark.equation("4.2")
 @pytest.mark.parametrize("horizon", [None, 8])
 def test_objective_matches_the_mean_of_sampled_returns(horizon):
     world = GridWorld.named("cliff")

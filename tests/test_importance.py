@@ -15,7 +15,7 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
-@pytest.mark.equation("6.1")
+@pytest.mark.equation("6.2")
 def test_ratio_by_hand():
     new, old = torch.tensor([0.5, 0.1, 0.3], dtype=F64), torch.tensor([0.25, 0.2, 0.3], dtype=F64)
     torch.testing.assert_close(importance_ratio(new.log(), old.log()), torch.tensor([2, 0.5, 1], dtype=F64))
@@ -23,7 +23,7 @@ def test_ratio_by_hand():
     assert importance_ratio(torch.tensor([-INF]), torch.tensor([-1.0])).item() == 0
 
 
-@pytest.mark.equation("6.1")
+@pytest.mark.equation("6.2")
 def test_ratio_moves_an_expectation_from_one_policy_to_the_other():
     new, old, f = normal(6).log_softmax(0), normal(6, seed=1).log_softmax(0), normal(6, seed=2)
     ratio = importance_ratio(new, old)
@@ -58,7 +58,7 @@ def test_ratio_rejects_other_shapes():
         importance_ratio(torch.zeros(2, 3), torch.zeros(3))
 
 
-@pytest.mark.equation("6.2")
+@pytest.mark.equation("6.1")
 def test_means_by_hand():
     f, weights = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([3.0, 0.0, 1.0])
     assert importance_mean(f, weights).item() == 9 / 3
@@ -66,7 +66,7 @@ def test_means_by_hand():
     assert importance_mean(f, torch.ones(3)).item() == 3
 
 
-@pytest.mark.equation("6.2")
+@pytest.mark.equation("6.1")
 def test_mean_over_a_full_sample_is_the_expectation_under_the_other_distribution():
     q = torch.tensor([0.5, 0.25, 0.25], dtype=F64)
     p, f = torch.tensor([0.1, 0.6, 0.3], dtype=F64), torch.tensor([2.0, -1.0, 4.0], dtype=F64)
@@ -77,7 +77,7 @@ def test_mean_over_a_full_sample_is_the_expectation_under_the_other_distribution
         assert mean.item() == pytest.approx(expected)
 
 
-@pytest.mark.equation("6.2")
+@pytest.mark.equation("6.1")
 def test_the_plain_mean_is_unbiased_and_the_self_normalised_one_is_not():
     """Both, averaged exactly over all samples of size two."""
     q, p = torch.tensor([0.5, 0.3, 0.2], dtype=F64), torch.tensor([0.2, 0.2, 0.6], dtype=F64)

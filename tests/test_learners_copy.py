@@ -187,11 +187,13 @@ def test_without_a_copy_the_command_says_how_to_make_one(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "rlhf_lessons", "progress"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 2 and "lab: no copy of the lessons there; `make lab` makes one" in done.stderr
+    assert (
+        done.returncode == 2 and "lab must hold a copy of the lessons, which `make lab` makes; got none" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("content", ["", '{"cells": [', "3", "{}", json.dumps({"cells": [3]})])
 def test_a_lesson_that_is_no_notebook_is_named(content, lab):
     (lab / "05_gae.ipynb").write_text(content)
-    with pytest.raises(ValueError, match="05_gae.ipynb is no notebook any more; `make lab FRESH=05`"):
+    with pytest.raises(ValueError, match="05_gae.ipynb must be a notebook; got something else .`make lab FRESH=05`"):
         progress_table(lab)

@@ -38,7 +38,7 @@ def test_variance_is_biased():
     assert masked_var(torch.tensor([[4.0]])) == 0  # Bessel's correction would give NaN
 
 
-@pytest.mark.equation("7.7")
+@pytest.mark.equation("7.5")
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whitening_of_each_real_value(shift_mean):
     x, mask = ragged()
@@ -50,7 +50,7 @@ def test_whitening_of_each_real_value(shift_mean):
     assert (white[~mask] == 0).all()
 
 
-@pytest.mark.equation("7.7")
+@pytest.mark.equation("7.5")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-8)])
 def test_whitened_mean_and_variance(dtype, tolerance):
     generator = torch.Generator().manual_seed(1)

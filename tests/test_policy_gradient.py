@@ -101,7 +101,7 @@ def test_action_log_probs_rejects_other_shapes():
 # --- entropy -----------------------------------------------------------------------------------
 
 
-@pytest.mark.equation("7.4")
+@pytest.mark.equation("7.6")
 def test_entropy_by_hand():
     assert entropy(torch.zeros(7, dtype=F64)).item() == pytest.approx(math.log(7))
     assert entropy(torch.tensor([0.0, -INF, -INF])).item() == 0
@@ -109,7 +109,7 @@ def test_entropy_by_hand():
     assert entropy(quarter).item() == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
 
 
-@pytest.mark.equation("7.4")
+@pytest.mark.equation("7.6")
 def test_entropy_against_python_and_both_forms_agree():
     logits = normal(2, 3, 5) * 3
     h = entropy(logits)
@@ -245,7 +245,7 @@ def test_check_discount_names_the_argument():
 # --- the loss ----------------------------------------------------------------------------------
 
 
-@pytest.mark.equation("3.2")
+@pytest.mark.equation("3.3")
 def test_loss_sums_over_time_and_averages_over_episodes():
     log_probs = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
     weights = torch.tensor([[10.0, 1.0], [2.0, 100.0]])
@@ -280,7 +280,7 @@ def two_step_world():
     return (first, second), actions, logits, rewards
 
 
-@pytest.mark.equation("3.2")
+@pytest.mark.equation("3.3")
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
 @pytest.mark.parametrize("weighting", ["return", "reward to go"])
 def test_expected_gradient_is_that_of_the_expected_return(gamma, weighting):

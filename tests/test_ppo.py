@@ -160,7 +160,7 @@ def test_micro_batches_weighted_by_their_tokens_make_the_batch(loss_function):
 # --- the critic's loss -------------------------------------------------------------------------
 
 
-@pytest.mark.equation("7.2")
+@pytest.mark.equation("7.3")
 @pytest.mark.parametrize(
     "value, target, expected, gradient_flows",
     [
@@ -182,7 +182,7 @@ def test_the_regions_of_the_value_clip(value, target, expected, gradient_flows):
     assert values.grad.item() == (value - target if gradient_flows else 0.0)
 
 
-@pytest.mark.equation("7.2")
+@pytest.mark.equation("7.3")
 def test_value_loss_against_the_loop():
     values, old, returns = (normal(3, 5, seed=seed) for seed in range(3))
     lengths = [1, 5, 3]
@@ -211,7 +211,7 @@ def test_value_loss_against_finite_differences():
 # --- the whole loss ----------------------------------------------------------------------------
 
 
-@pytest.mark.equation("7.3")
+@pytest.mark.equation("7.7")
 def test_entropy_is_rewarded_and_errors_are_not():
     parts = [torch.tensor(value, requires_grad=True) for value in (1.0, 10.0, 100.0)]
     loss = ppo_loss(*parts, vf_coef=0.5, ent_coef=0.01)
@@ -223,7 +223,7 @@ def test_entropy_is_rewarded_and_errors_are_not():
 # --- diagnostics -------------------------------------------------------------------------------
 
 
-@pytest.mark.equation("7.5")
+@pytest.mark.equation("7.2")
 def test_the_two_clip_fractions_differ():
     ratio = torch.tensor([[0.5, 0.5, 1.1, 1.5, 1.5, 9.0]])
     advantages = torch.tensor([[1.0, -1.0, 1.0, 1.0, -1.0, NAN]])
@@ -235,7 +235,7 @@ def test_the_two_clip_fractions_differ():
     assert clip_fraction(torch.ones(2, 3), clip_eps=0.2).item() == 0
 
 
-@pytest.mark.equation("7.5")
+@pytest.mark.equation("7.2")
 def test_clip_fraction_with_advantages_counts_the_tokens_without_a_gradient():
     old, advantages, mask = normal(4, 9), normal(4, 9, seed=1), prefix_mask([9, 3, 1, 6], 9)
     log_probs = (old + 0.4 * normal(4, 9, seed=2)).requires_grad_()
@@ -246,7 +246,7 @@ def test_clip_fraction_with_advantages_counts_the_tokens_without_a_gradient():
     assert 0 < silent < clip_fraction(ratio, mask, clip_eps=0.2) < 1
 
 
-@pytest.mark.equation("7.6")
+@pytest.mark.equation("7.4")
 def test_explained_variance_by_hand():
     returns = torch.tensor([[1.0, 2.0, 3.0]], dtype=F64)
     assert explained_variance(returns, returns).item() == 1
@@ -257,7 +257,7 @@ def test_explained_variance_by_hand():
     assert explained_variance(off_by_one_at_the_end, returns).item() == pytest.approx(1 - (2 / 9) / (2 / 3))
 
 
-@pytest.mark.equation("7.6")
+@pytest.mark.equation("7.4")
 def test_explained_variance_against_the_statistics_module():
     values, returns, mask = normal(3, 5), normal(3, 5, seed=1) + 2, prefix_mask([5, 1, 3], 5)
     errors = (returns - values)[mask].tolist()

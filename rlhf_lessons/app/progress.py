@@ -25,7 +25,7 @@ def checks_in(lesson: Path) -> list[tuple[str, str]]:
                 found += [(SECTIONS[section], name) for name in JUDGED.findall(source)]
     except (KeyError, TypeError, ValueError) as error:
         again = f"`make lab FRESH={lesson.name[:2]}` starts the lesson anew and keeps this file"
-        raise ValueError(f"{lesson} is no notebook any more; {again}") from error
+        raise ValueError(f"{lesson} must be a notebook; got something else ({again})") from error
     return found
 
 
@@ -42,7 +42,7 @@ def progress_table(folder: Path) -> str:
             for kind, name in checks_in(lesson)
         ]  # fmt: skip
     except FileNotFoundError as error:
-        raise ValueError(f"{folder}: no copy of the lessons there; `make lab` makes one") from error
+        raise ValueError(f"{folder} must hold a copy of the lessons, which `make lab` makes; got none") from error
     lines = ["| lesson | kind | check | solved |", "| --- | --- | --- | --- |"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([*lines, "", f"{sum(bool(row[3]) for row in rows)} of {len(rows)} solved"])

@@ -394,7 +394,7 @@ def critic_loss(
     values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, eps: float, *, pick: Callable = torch.max,
     average: Callable = mean,
 ) -> Tensor:  # fmt: skip
-    """The clipped loss of the critic (Eq. 7.2), with its larger term unless another is to be picked."""
+    """The clipped loss of the critic (Eq. 7.3), with its larger term unless another is to be picked."""
     clipped = old + (values - old).clamp(-eps, eps)
     return 0.5 * average(pick((values - returns).square(), (clipped - returns).square()), mask)
 

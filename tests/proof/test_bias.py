@@ -51,14 +51,14 @@ def test_log_probabilities_multiply_to_the_probability_of_the_episode(claim):
 
 
 @pytest.mark.equation("3.1")
-@pytest.mark.equation("3.3")
+@pytest.mark.equation("3.2")
 def test_expected_return_is_the_objective(claim):
     worlds = all_worlds()
     obtained = [w.probs @ discounted_return(w.rewards, w.mask, gamma=w.gamma) for w in worlds]
     claim.equal("bias.return", "the mean of the discounted return is J", [w.objective for w in worlds], obtained)
 
 
-@pytest.mark.equation("4.4")
+@pytest.mark.equation("4.2")
 @pytest.mark.equation("4.1")
 def test_reward_to_go_estimates_v_and_q(claim):
     worlds = all_worlds()
@@ -83,8 +83,8 @@ def test_steps_of_an_exact_critic_estimate_the_advantage(claim):
         claim.equal(f"bias.{n}_step", f"and so is that of the {n}-step advantage", exact, obtained)
 
 
-@pytest.mark.equation("5.3")
 @pytest.mark.equation("5.4")
+@pytest.mark.equation("5.3")
 @pytest.mark.parametrize("function", [gae, gae_recursion])
 def test_gae_of_an_exact_critic_estimates_the_advantage(claim, function):
     cases = [(w, lam) for w in all_worlds() for lam in LAMBDAS]
@@ -100,7 +100,7 @@ def test_gae_of_an_exact_critic_estimates_the_advantage(claim, function):
 # --- Unbiased policy gradients -----------------------------------------------------------------
 
 
-@pytest.mark.equation("3.2")
+@pytest.mark.equation("3.3")
 def test_full_return_reinforce(claim):
     def weights(w):
         return discounted_return(w.rewards, w.mask, gamma=w.gamma)[:, None].expand_as(w.rewards)
@@ -139,19 +139,19 @@ def gae_gradients(worlds, lambdas, critic):
     return exact, obtained
 
 
-@pytest.mark.equation("5.4")
+@pytest.mark.equation("5.3")
 def test_gae_with_the_exact_critic(claim):
     found = gae_gradients(all_worlds(), LAMBDAS, lambda w: w.v)
     claim.equal("bias.gae", f"GAE with the exact V is unbiased {AT_EVERY}", *found)
 
 
-@pytest.mark.equation("5.4")
+@pytest.mark.equation("5.3")
 def test_gae_with_any_critic_at_lambda_one(claim):
     found = gae_gradients(all_worlds(), [1.0], lambda w: w.random_by_state())
     claim.equal("bias.gae_any_critic", "GAE with a random critic is unbiased at λ = 1", *found)
 
 
-@pytest.mark.equation("4.2")
+@pytest.mark.equation("4.4")
 def test_leave_one_out_baseline(claim):
     for shape in ((3, 2, None), (3, 2, 1)):
         world = language_world(*shape)
@@ -204,7 +204,7 @@ def test_leaving_out_the_discount_is_biased(claim):
     claim.equal("bias.no_discount_gamma_1", text, *gradients(all_worlds(gammas=[1.0]), to_go))
 
 
-@pytest.mark.equation("5.4")
+@pytest.mark.equation("5.3")
 def test_gae_with_a_wrong_critic_is_biased(claim):
     # The error of the next state's value depends on which state the action leads to.
     found = gae_gradients(all_worlds(), LAMBDAS[:-1], lambda w: w.v + w.random_by_state())
@@ -212,7 +212,7 @@ def test_gae_with_a_wrong_critic_is_biased(claim):
     claim.biased("bias.gae_wrong_critic", text, *found, 1e-4)
 
 
-@pytest.mark.equation("5.4")
+@pytest.mark.equation("5.3")
 def test_a_critic_off_by_a_constant(claim):
     fixed, ending = (language_worlds(fixed_length=kind) for kind in (True, False))
     text = f"a critic that is 10 too high does no harm {BELOW_ONE} where all episodes have one length"
@@ -255,7 +255,7 @@ def test_the_optimal_baseline_estimated_from_its_own_samples(claim):
     claim.biased("bias.optimal_baseline", text, world.gradient, expected_batch_gradient(world, 3, weights), 0.01)
 
 
-@pytest.mark.equation("7.7")
+@pytest.mark.equation("7.5")
 def test_whitened_advantages(claim):
     world = language_world(3, 2)
     advantages = to_go(world) - world.v
@@ -294,7 +294,7 @@ def surrogate_gradient(w, advantages, old_log_probs, old_probs):
     return torch.autograd.grad(old_probs @ terms, w.logits)[0]
 
 
-@pytest.mark.equation("6.1")
+@pytest.mark.equation("6.2")
 def test_whole_sequence_ratio_is_exact_everywhere(claim):
     obtained = []
     for w in all_worlds():
@@ -306,7 +306,7 @@ def test_whole_sequence_ratio_is_exact_everywhere(claim):
     claim.equal("bias.sequence_ratio", text, [w.gradient for w in all_worlds()], obtained)
 
 
-@pytest.mark.equation("6.1")
+@pytest.mark.equation("6.2")
 def test_ratio_up_to_the_step_is_enough_with_an_exact_advantage(claim):
     obtained = []
     for w in all_worlds():
@@ -317,7 +317,7 @@ def test_ratio_up_to_the_step_is_enough_with_an_exact_advantage(claim):
     claim.equal("bias.ratio_so_far", text, [w.gradient for w in all_worlds()], obtained)
 
 
-@pytest.mark.equation("6.1")
+@pytest.mark.equation("6.2")
 def test_per_token_ratio_at_and_away_from_the_old_policy(claim):
     worlds = all_worlds()
     at = [surrogate_gradient(w, w.q - w.v, w.log_probs(), w.probs) for w in worlds]
@@ -328,7 +328,7 @@ def test_per_token_ratio_at_and_away_from_the_old_policy(claim):
     claim.biased("bias.token_ratio_away", text, [w.gradient for w in worlds], away, 1e-3)
 
 
-@pytest.mark.equation("6.2")
+@pytest.mark.equation("6.1")
 def test_weighted_means(claim):
     world = language_world(3, 2)
     _, old_probs = off_policy(world)
@@ -346,7 +346,7 @@ def test_weighted_means(claim):
     claim.biased("bias.self_normalized", text, world.objective, biased, 0.01)
 
 
-@pytest.mark.equation("6.2")
+@pytest.mark.equation("6.1")
 def test_missing_support(claim):
     world = language_world(3, 2)
     seen = world.actions[:, 0] != 0  # the old policy never starts with token 0
@@ -366,7 +366,7 @@ def test_effective_sample_size(claim):
     claim.equal("bias.effective_sample_size", text, [1 / w.probs.square().sum() for w in worlds], obtained)
 
 
-@pytest.mark.equation("7.4")
+@pytest.mark.equation("7.6")
 def test_entropy_is_the_expected_surprise(claim):
     worlds = all_worlds(gammas=[1.0])
     exact = [w.expected_given(-w.log_probs().detach()) for w in worlds]

@@ -48,7 +48,7 @@ def package_step(inputs, gamma, lam, kl_coef, clip_eps, value_clip_eps, vf_coef,
     }
 
 
-@pytest.mark.equation("7.3")
+@pytest.mark.equation("7.7")
 @pytest.mark.parametrize("name", GOLDEN["steps"])
 def test_golden_step(claim, name):
     golden = GOLDEN["steps"][name]

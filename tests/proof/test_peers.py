@@ -26,7 +26,7 @@ def ours():
     return gae(rewards, values, gamma=GAMMA, lam=LAM, terminated=terminated, bootstrap_value=last)
 
 
-@pytest.mark.equation("5.4")
+@pytest.mark.equation("5.3")
 def test_torchrl(claim):
     functional = pytest.importorskip("torchrl.objectives.value.functional", exc_type=ImportError)
     rewards, values, terminated, last = random_episodes()
@@ -39,7 +39,7 @@ def test_torchrl(claim):
         claim.equal(f"peers.torchrl_{name}", f"{name} of torchrl and of `gae`", exact, obtained, TOLERANCE)
 
 
-@pytest.mark.equation("5.4")
+@pytest.mark.equation("5.3")
 def test_stable_baselines3(claim):
     buffers = pytest.importorskip("stable_baselines3.common.buffers", exc_type=ImportError)
     from gymnasium import spaces
@@ -80,7 +80,7 @@ def test_mean_over_padding(claim):
     claim.equal("peers.masked_mean", text, theirs, masked_mean(x, mask) * 13 / 20)
 
 
-@pytest.mark.equation("5.4")
+@pytest.mark.equation("5.3")
 def test_score_one_step_late(claim):
     # TRL's PPO puts the score on the position after the last token: with V = 0 that token's advantage is λ·score.
     late = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)

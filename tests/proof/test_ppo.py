@@ -49,7 +49,7 @@ def test_six_regions_of_the_clipped_objective(claim, number):
     claim.equal(f"ppo.region_{number}", f"derivative and loss where {region} the range [0.8, 1.2]", exact[0], obtained)
 
 
-@pytest.mark.equation("7.5")
+@pytest.mark.equation("7.2")
 def test_clip_fraction_counts_regions(claim):
     ratio, advantages, _, slopes = torch.tensor([region[1:] for region in REGIONS], dtype=torch.float64).T[:, None]
     text = "of the six regions two lose their gradient"
@@ -60,7 +60,7 @@ def test_clip_fraction_counts_regions(claim):
 
 
 @pytest.mark.equation("7.1")
-@pytest.mark.equation("3.2")
+@pytest.mark.equation("3.3")
 @pytest.mark.parametrize("eos_id", [None, 2])
 def test_first_minibatch_is_the_policy_gradient(claim, eos_id):
     # At θ = θ_old every ratio is 1. Both losses see the same rows and advantages; one sums over a row's tokens and
@@ -77,7 +77,7 @@ def test_first_minibatch_is_the_policy_gradient(claim, eos_id):
     claim.equal(f"ppo.first_minibatch_{kind.replace(' ', '_')}", text, exact, obtained * mask.sum() / len(mask))
 
 
-@pytest.mark.equation("7.2")
+@pytest.mark.equation("7.3")
 def test_value_clip(claim):
     # V, V_old, R̂ -> loss ½max((V − R̂)², (V_old ± 0.2 − R̂)²) and its derivative by V.
     cases = {
@@ -95,8 +95,8 @@ def test_value_clip(claim):
         claim.equal(f"ppo.value_clip_{number}", text, exact, torch.stack([gradient[0, 0], obtained]))
 
 
-@pytest.mark.equation("7.3")
-@pytest.mark.equation("7.4")
+@pytest.mark.equation("7.7")
+@pytest.mark.equation("7.6")
 def test_entropy_bonus_keeps_entropy(claim):
     logits = torch.randn(6, 5, generator=seeded(0), dtype=torch.float64).requires_grad_()
     before = entropy(logits).mean()
@@ -113,7 +113,7 @@ def test_entropy_bonus_keeps_entropy(claim):
     )
 
 
-@pytest.mark.equation("7.6")
+@pytest.mark.equation("7.4")
 def test_explained_variance(claim):
     w = language_world(3, 4)
     policy_draws = torch.multinomial(w.probs, 512, replacement=True, generator=seeded(0))
@@ -233,7 +233,7 @@ def test_gradient_accumulation(claim):
     claim.biased("ppo.update_moves", "which the update did move", untouched, after[1], 1e-4)
 
 
-@pytest.mark.equation("6.1")
+@pytest.mark.equation("6.2")
 def test_first_ratio_is_one(claim):
     # The sampler reads one token at a time through a cache; the loss reads whole rows. Both must say the same.
     for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-5)):

@@ -186,7 +186,7 @@ def test_the_natural_gradient_of_a_table_is_the_advantage(claim):
     claim.equal("spine.natural_gradient", text, exact, obtained)
 
 
-@pytest.mark.equation("6.2")
+@pytest.mark.equation("6.1")
 def test_bias_of_the_self_normalised_mean(claim):
     """All batches of N outcomes; 1/x = ∫ e^(−ux) du gives larger ones."""
     q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -203,7 +203,7 @@ def test_bias_of_the_self_normalised_mean(claim):
     for batch in itertools.product(range(3), repeat=3):
         rows = torch.tensor(batch)
         listed += q[rows].prod() * importance_mean(f[rows], w[rows], self_normalized=True)
-    claim.equal("spine.ratio_mean", "the mean of Eq. 6.2's quotient over all batches of 3", listed, expectation(3))
+    claim.equal("spine.ratio_mean", "the mean of Eq. 6.1's quotient over all batches of 3", listed, expectation(3))
     limit = -(q * w**2 * (f - mean)).sum()
     text = "its bias is −E_q[w²(f − E_p f)]/N to first order (here N = 4,000): it vanishes"
     claim.equal("spine.ratio_bias", text, limit, 4000 * (expectation(4000) - mean), 5e-3, digits=3)

@@ -126,7 +126,7 @@ def test_optimal_constant_baseline(claim):
     claim.decreasing("variance.nearby", "and its neighbours", {"best neighbour": around, "b*": variance(best)}, 1e-5)
 
 
-@pytest.mark.equation("5.4")
+@pytest.mark.equation("5.3")
 def test_bias_and_variance_of_gae(claim):
     w = stated_world()
 
