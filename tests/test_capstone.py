@@ -35,7 +35,7 @@ def my_losses(policy, batch, config):
     mask, T = batch.response_mask, batch.response_mask.shape[1]
     logits, values = policy(batch.tokens, batch.attention_mask)
     logits, values = logits[:, -T - 1 : -1], values[:, -T - 1 : -1]
-    log_p = logits.log_softmax(-1)
+    log_p = (logits / config.temperature).log_softmax(-1)
     taken = batch.tokens[:, -T:, None]
     log_probs = log_p.gather(-1, taken).squeeze(-1)
     ratio = torch.exp(torch.where(mask, log_probs - batch.log_probs, 0))
@@ -107,6 +107,7 @@ DELTA = "delta = rewards[:, t] + config.gamma * next_value - values[:, t]"
 CARRY = "config.gamma * config.gae_lambda * ahead"
 WHITE = "torch.where(mask, (advantages - real.mean()) / real.std(correction=0), 0)"
 CREDIT_MISTAKES = {
+    "whatever `values` holds there": [("    values = torch.where(mask, values, 0)\n", "")],
     "the KL is added": [("-config.kl_coef * (", "config.kl_coef * (")],
     "only the score is there": [("-config.kl_coef * (", "0 * (")],
     "multiplied by config.kl_coef": [("-config.kl_coef * (", "-1 * (")],
@@ -209,7 +210,7 @@ AT_LOSS = "loss = my_losses(policy, part, config)[-1]"
 NEW_LOG_PROBS = (
     "import dataclasses\n            with torch.no_grad():\n"
     "                logits, _ = rollout.policy_outputs(policy, part.tokens, part.attention_mask, "
-    "length=part.responses.shape[1], temperature=1.0)\n"
+    "length=part.responses.shape[1], temperature=config.temperature)\n"
     "                new = logits.log_softmax(-1).gather(-1, part.responses[..., None]).squeeze(-1)\n"
     "            part = dataclasses.replace(part, log_probs=new)\n            " + AT_LOSS
 )

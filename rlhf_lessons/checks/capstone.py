@@ -30,7 +30,7 @@ from rlhf_lessons.trainer import PPOTrainer
 CONFIG = PPOConfig(
     batch_size=16, minibatch_size=4, ppo_epochs=2, max_new_tokens=12, learning_rate=0.3, lr_schedule="constant",
     kl_coef=0.3, gamma=0.97, gae_lambda=0.8, clip_eps=0.15, value_clip_eps=0.1, vf_coef=0.5, ent_coef=0.05,
-    max_grad_norm=0.4, device="cpu", seed=10,
+    max_grad_norm=0.4, temperature=0.8, device="cpu", seed=10,
 )  # fmt: skip
 
 
@@ -202,6 +202,12 @@ def wrong_returns(b: Bench) -> Iterator[Known]:
                 "Â + V, with γλ in the recursion of Â.")  # fmt: skip
     yield Known("λ = 0", of(values, gamma=gamma, lam=0.0)[1], "Â is only δ, as for λ = 0: the recursion "
                 "Â_t = δ_t + γλ Â_{t+1} is missing.")  # fmt: skip
+    given = given_values(b)
+    behind = torch.cat([given[:, 1:], torch.zeros_like(given[:, :1])], dim=1)
+    cut = backwards(real(rewards + gamma * behind - given, 0), mask, gamma * lam) + values
+    for leaking in (cut, gae(rewards, given, gamma=gamma, lam=lam)[1]):
+        yield Known("V behind the end", real(leaking, 0), "V is 0 after the last real token, whatever `values` holds "
+                    "there: replace what stands under the padding.")  # fmt: skip
     yield Known("γ = 1", of(values, gamma=1.0, lam=lam)[1], "γ is 1 everywhere: read config.gamma, in δ and in the "
                 "recursion.")  # fmt: skip
     defaults = PPOConfig()
@@ -259,6 +265,11 @@ def wrong_advantages(b: Bench) -> Iterator[Known]:
                 "is to be.")  # fmt: skip
 
 
+def given_values(b: Bench) -> Tensor:
+    """What the critic said, with a number under the padding: there it may say anything."""
+    return torch.where(b.facts.response_mask, b.values, 5.0)
+
+
 CREDIT = {"rewards": wrong_rewards, "returns": wrong_returns, "advantages": wrong_advantages}  # causes first
 
 
@@ -268,7 +279,7 @@ def my_credit(function: Callable) -> None:
     Prints "not attempted yet" or "correct", or raises AssertionError with a hint about the first stage that differs.
     """
     b = bench()
-    facts, values = copy_of(b.facts), b.values.clone()
+    facts, values = copy_of(b.facts), given_values(b)
     returned = called("my_credit", function, facts, values, CONFIG)
     if returned is NotImplemented:
         report("my_credit", NOT_ATTEMPTED)
@@ -305,7 +316,7 @@ def spelled_out(policy: nn.Module, batch: RolloutBatch, config: PPOConfig) -> di
     late_logits = causal_lm_logits(policy.lm, batch.tokens, batch.attention_mask, logits_to_keep=length)
     return {
         "log_probs": action_log_probs(logits, batch.responses),
-        "late": action_log_probs(late_logits, batch.responses),
+        "late": action_log_probs(late_logits / config.temperature, batch.responses),
         "values": values,
         "late_values": policy.values(batch.tokens, batch.attention_mask, keep=length),
         "entropy": entropy(logits),
