@@ -291,8 +291,8 @@ def my_credit(function: Callable) -> None:
     for stage, known in CREDIT.items():
         right = getattr(b.batch, stage)
         answer = answers[stage].detach()
-        if answer.shape == right.shape and close(torch.where(mask, answer, 0), right):
-            answer = right  # padding is nobody's affair: no mean counts it
+        if answer.shape == right.shape:
+            answer = torch.where(mask, answer, 0)  # padding is nobody's affair: no mean counts it
         compare(stage, answer, right, tuple(known(b)))
     report("my_credit", CORRECT)
 
