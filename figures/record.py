@@ -19,9 +19,10 @@ import torch
 
 import rlhf_lessons
 from rlhf_lessons import plots, tiny_reviews
-from rlhf_lessons.app.run_folder import read_metrics, summary_table
+from rlhf_lessons.app.run_folder import mean_of_last, read_metrics, summary_table
 from rlhf_lessons.config import PPOConfig
 from rlhf_lessons.data import encode_prompt, pad
+from rlhf_lessons.device import use_threads
 from rlhf_lessons.fitting import annotated_preferences, language_model_loss
 from rlhf_lessons.generation import respond
 from rlhf_lessons.models import ASSETS, CausalLMWithValueHead, load_causal_lm, load_reward_model, load_tokenizer
@@ -49,7 +50,7 @@ ABLATION = {  # what is changed of PPO's default settings, one thing at a time b
     "8 epochs": {"ppo_epochs": 8},
     "no gradient clip": {"max_grad_norm": math.inf},
 }
-ABLATION_ITERATIONS, ABLATION_LAST = 20, 5  # of a run, and those whose mean it ends with
+ABLATION_ITERATIONS = 20  # of a run
 
 
 def type_in(folder: Path, *words: str) -> None:
@@ -171,9 +172,8 @@ def ablation_run(seed: int, changes: dict) -> dict[str, float]:
     def add_gold(step: int, metrics: dict[str, float], batch: object) -> None:
         metrics["gold"] = float(tiny_reviews.gold_reward(*trainer.texts(batch)).mean())
 
-    last = trainer.train(add_gold)[-ABLATION_LAST:]
-    names = ("score", "gold", "kl", "ended", "response_length")
-    return {name: round(sum(row[name] for row in last) / len(last), 3) for name in names}
+    history = trainer.train(add_gold)
+    return {name: round(mean_of_last(history, name), 3) for name in ("score", "gold", "kl", "ended", "response_length")}
 
 
 def ablation(folder: Path, seeds: tuple[int, ...] = SEEDS) -> None:
@@ -181,7 +181,7 @@ def ablation(folder: Path, seeds: tuple[int, ...] = SEEDS) -> None:
     path = folder / "ablation.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    use_threads(1)
     for label, changes in ABLATION.items():
         if label in kept:
             continue

@@ -7,7 +7,7 @@ An import may only go down this list. Importing the package, or any estimator, l
     parts        config, device, forward, models, tiny_reviews, data
     flow         generation, scoring, rollout, fitting, trainer, group_trainers
     engines      engines: samplers by another engine, imported when asked for
-    side         checks, display, plots: for the notebooks
+    side         checks, display, plots, record: for the notebooks
     surface      __main__ (python -m rlhf_lessons), app
 """
 

@@ -31,7 +31,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-from rlhf_lessons.checks.record import KEPT, RECORD, write
+from rlhf_lessons.record import KEPT, RECORD, write
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 LAB = FOLDER.with_name("lab")  # the learner's own copy
@@ -139,9 +139,7 @@ def learners_copy(path: Path) -> nbformat.NotebookNode:
 def copy(fresh: Sequence[Path] = (), *, to: Path = LAB, source: Path = FOLDER) -> list[str]:
     """Copy each notebook that is not there yet, and `fresh` ones again, the learner's file kept under another name.
 
-    A `fresh` one may be named by its path here or in the copy.
-
-    Returns what was done, a line each.
+    A `fresh` one may be named by its path here or in the copy. Returns what was done, a line each.
     """
     to.mkdir(exist_ok=True)
     if not (to / RECORD).exists():

@@ -12,9 +12,8 @@ import pytest
 
 import notebooks
 from rlhf_lessons import __main__ as commands
-from rlhf_lessons import checks, importance
+from rlhf_lessons import checks, importance, record
 from rlhf_lessons.app.progress import checks_in, progress_table
-from rlhf_lessons.checks import record
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = sorted(notebooks.FOLDER.glob(notebooks.LESSON + "*.ipynb"))

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from rlhf_lessons.checks.record import KEPT, read
+from rlhf_lessons.record import KEPT, read
 
 JUDGED = re.compile(r"^checks\.(\w+)\(\w", re.M)  # a check that is given an answer
 SECTIONS = {"Your turn": "exercise", "Bug hunt": "hunt"}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from rlhf_lessons.checks import record
+from rlhf_lessons import record
 from rlhf_lessons.checks._outcomes import Case, Outcome, agree, as_tuple, right_in_value, unchanged
 from rlhf_lessons.checks._wording import (
     CORRECT,
@@ -199,6 +199,11 @@ class Check:
             return Outcome(problem=error_hint(error), error=error)
         zeros = (torch.zeros_like(leaves[name]) for name in watched)
         return Outcome(results, {n: z if g is None else g for n, g, z in zip(watched, grads, zeros, strict=True)})
+
+
+def so_far(open_ones: Sequence[str]) -> str:
+    """The verdict on answers of which all that are given are right; those that are not given are named."""
+    return f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT
 
 
 def report(name: str, verdict: str, explains: str = "") -> None:

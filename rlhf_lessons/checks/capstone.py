@@ -9,7 +9,7 @@ written into the code instead of being read from `config` shows.
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -80,17 +80,6 @@ def jitter(module: nn.Module, scale: float, generator: torch.Generator) -> None:
         parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def fresh(policy: CausalLMWithValueHead) -> CausalLMWithValueHead:
-    """A copy that a learner's function may change."""
-    return copy.deepcopy(policy)
-
-
-def copy_of(facts: Rollout) -> Rollout:
-    """A batch with tensors of its own."""
-    values = {field.name: getattr(facts, field.name) for field in fields(facts)}
-    return type(facts)(**{name: x.clone() if isinstance(x, Tensor) else x for name, x in values.items()})
-
-
 # ---- how two numbers, and two chains of them, are compared ----------------------------------
 
 
@@ -142,12 +131,16 @@ def called(name: str, function: object, *arguments: object) -> object:
         raise Hint(error_hint(error)) from error
 
 
-def checked_outputs(returned: object, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """The tensors of a tuple or list, or a hint."""
+def answers_of(check: str, function: object, names: tuple[str, ...], *arguments: object) -> dict[str, Tensor] | None:
+    """The tensors that the learner's function returns, by name; None, which is said, where it is not attempted yet."""
+    returned = called(check, function, *arguments)
+    if returned is NotImplemented:
+        report(check, NOT_ATTEMPTED)
+        return None
     returned = tuple(returned) if isinstance(returned, list) else returned
     if problem := type_problem(returned, names):
         raise Hint(problem)
-    return returned
+    return dict(zip(names, returned, strict=True))
 
 
 # ---- credit: rewards, returns, advantages ---------------------------------------------------
@@ -279,13 +272,10 @@ def my_credit(function: Callable) -> None:
     Prints "not attempted yet" or "correct", or raises AssertionError with a hint about the first stage that differs.
     """
     b = bench()
-    facts, values = copy_of(b.facts), given_values(b)
-    returned = called("my_credit", function, facts, values, CONFIG)
-    if returned is NotImplemented:
-        report("my_credit", NOT_ATTEMPTED)
+    facts, names = copy.deepcopy(b.facts), ("rewards", "advantages", "returns")
+    answers = answers_of("my_credit", function, names, facts, given_values(b), CONFIG)
+    if answers is None:
         return
-    names = ("rewards", "advantages", "returns")
-    answers = dict(zip(names, checked_outputs(returned, names), strict=True))
     refuse_changes(facts, b.facts)
     mask = b.facts.response_mask
     for stage, known in CREDIT.items():
@@ -323,13 +313,9 @@ def spelled_out(policy: nn.Module, batch: RolloutBatch, config: PPOConfig) -> di
     }
 
 
-def mean(x: Tensor, mask: Tensor) -> Tensor:
-    return masked_mean(x, mask)
-
-
 def surrogate(
     log_ratio: Tensor, advantages: Tensor, mask: Tensor, eps: float, *, pick: Callable = torch.max,
-    average: Callable = mean,
+    average: Callable = masked_mean,
 ) -> Tensor:  # fmt: skip
     """The clipped loss (Eq. 7.1), with its larger term unless another is to be picked."""
     ratio = torch.where(mask, log_ratio, 0).exp()
@@ -403,7 +389,7 @@ def wrong_policy_losses(batch: RolloutBatch, x: Mapping[str, Tensor], config: PP
 
 def critic_loss(
     values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, eps: float, *, pick: Callable = torch.max,
-    average: Callable = mean,
+    average: Callable = masked_mean,
 ) -> Tensor:  # fmt: skip
     """The clipped loss of the critic (Eq. 7.3), with its larger term unless another is to be picked."""
     clipped = old + (values - old).clamp(-eps, eps)
@@ -456,14 +442,12 @@ def my_losses(function: Callable) -> None:
     the policy's loss, the critic's, the whole, its gradient.
     """
     b = bench()
-    batch, policy = copy_of(b.batch.rows(torch.arange(8))), fresh(b.moved)
-    returned = called("my_losses", function, policy, batch, CONFIG)
-    if returned is NotImplemented:
-        report("my_losses", NOT_ATTEMPTED)
+    some, names = b.batch.rows(torch.arange(8)), ("policy_loss", "value_loss", "loss")
+    batch, policy = copy.deepcopy(some), copy.deepcopy(b.moved)
+    answers = answers_of("my_losses", function, names, policy, batch, CONFIG)
+    if answers is None:
         return
-    names = ("policy_loss", "value_loss", "loss")
-    answers = dict(zip(names, checked_outputs(returned, names), strict=True))
-    refuse_changes(batch, b.batch.rows(torch.arange(8)))
+    refuse_changes(batch, some)
     right, gradient = package_losses(b, batch)
     with torch.no_grad():
         x = spelled_out(b.moved, batch, CONFIG)
@@ -483,21 +467,24 @@ def package_losses(b: Bench, batch: RolloutBatch) -> tuple[dict[str, Tensor], di
     trainer = copy.copy(b.trainer)
     trainer.model = trainer.policy = b.moved
     _, parts = trainer.losses(batch)
-    x = spelled_out(b.moved, batch, CONFIG)
-    mask = batch.response_mask
-    terms = {
-        "policy": surrogate(x["log_probs"] - batch.log_probs, batch.advantages, mask, CONFIG.clip_eps),
-        "critic": CONFIG.vf_coef * critic_loss(x["values"], batch.values, batch.returns, mask, CONFIG.value_clip_eps),
-        "entropy": -CONFIG.ent_coef * masked_mean(x["entropy"], mask),
+    return parts, {name: flat_gradient(term, b.moved) for name, term in terms_of(b.moved, batch, CONFIG).items()}
+
+
+def terms_of(policy: nn.Module, batch: RolloutBatch, config: PPOConfig) -> dict[str, Tensor]:
+    """What the whole loss is the sum of: its three parts, weighted."""
+    x, mask = spelled_out(policy, batch, config), batch.response_mask
+    return {
+        "policy": surrogate(x["log_probs"] - batch.log_probs, batch.advantages, mask, config.clip_eps),
+        "critic": config.vf_coef * critic_loss(x["values"], batch.values, batch.returns, mask, config.value_clip_eps),
+        "entropy": -config.ent_coef * masked_mean(x["entropy"], mask),
     }
-    return parts, {name: flat_gradient(term, b.moved) for name, term in terms.items()}
 
 
 def flat_gradient(loss: Tensor, policy: nn.Module) -> Tensor:
     """The gradient by all of a policy's parameters, in one row."""
     parameters = tuple(policy.parameters())
     grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.cat([grad.flatten() for grad in grads])
+    return nn.utils.parameters_to_vector(grads)
 
 
 def compare_gradients(loss: Tensor, policy: nn.Module, right: Mapping[str, Tensor]) -> None:
@@ -532,7 +519,7 @@ class Watched(torch.optim.SGD):
 
     def step(self, closure: Callable | None = None) -> None:
         of = (p.grad if p.grad is not None else torch.zeros_like(p) for p in self.param_groups[0]["params"])
-        self.gradients.append(torch.cat([grad.flatten() for grad in of]).detach().clone())
+        self.gradients.append(nn.utils.parameters_to_vector(of).detach())
         super().step(closure)
 
 
@@ -557,12 +544,11 @@ class Trace:
 def traced(step: Callable, config: PPOConfig) -> tuple[Trace, object]:
     """What a step does to a copy of the policy that sampled, and what it returns."""
     b = bench()
-    policy, facts = fresh(b.trainer.policy), copy_of(b.facts)
+    policy, facts = copy.deepcopy(b.trainer.policy), copy.deepcopy(b.facts)
     optimizer, generator = Watched(policy), torch.Generator().manual_seed(1)
     returned = step(policy, optimizer, facts, config, generator)
     refuse_changes(facts, b.facts)
-    flat = torch.cat([p.detach().flatten() for p in policy.parameters()])
-    return Trace(tuple(optimizer.gradients), flat), returned
+    return Trace(tuple(optimizer.gradients), nn.utils.parameters_to_vector(policy.parameters()).detach()), returned
 
 
 def trainer_step(
@@ -573,14 +559,6 @@ def trainer_step(
     trainer = make_trainer(policy, config, optimizer=optimizer)
     trainer.generator = generator
     trainer.update(trainer.credit(facts))
-
-
-def losses_of(policy: nn.Module, batch: RolloutBatch, config: PPOConfig) -> Tensor:
-    """The whole loss, from what it is made of."""
-    x, mask = spelled_out(policy, batch, config), batch.response_mask
-    policy_loss = surrogate(x["log_probs"] - batch.log_probs, batch.advantages, mask, config.clip_eps)
-    value_loss = critic_loss(x["values"], batch.values, batch.returns, mask, config.value_clip_eps)
-    return policy_loss + config.vf_coef * value_loss - config.ent_coef * masked_mean(x["entropy"], mask)
 
 
 def faulty_step(
@@ -607,7 +585,7 @@ def faulty_step(
                     part = replace(part, log_probs=spelled_out(policy, part, config)["log_probs"])
             if fault != "no zero_grad":
                 optimizer.zero_grad()
-            loss = losses_of(policy, part, config)
+            loss = sum(terms_of(policy, part, config).values())
             (-loss if fault == "uphill" else loss).backward()
             if fault == "clip by value":
                 nn.utils.clip_grad_value_(policy.parameters(), config.max_grad_norm)

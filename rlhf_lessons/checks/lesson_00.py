@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from rlhf_lessons.checks._harness import CORRECT, NOT_ATTEMPTED, Hint, Misconception, first_misconception, report
+from rlhf_lessons.checks._harness import NOT_ATTEMPTED, Hint, Misconception, first_misconception, report, so_far
 
 MODELS = ("policy", "critic", "reward", "reference")
 TRACE = {  # what stands in a traced sample -> the model that produced it
@@ -124,7 +124,7 @@ def four_models(answers: dict) -> None:
             raise Hint(f"{key}: not the {answers[key]}. Who ran last before it appeared in the trace?")
     if answers.get("trained") is not None and set(answers["trained"]) != TRAINED:
         raise Hint("trained: not these. Whose parameters does PPO's optimiser hold?")
-    report("four_models", f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT)
+    report("four_models", so_far(open_ones))
 
 
 CAUSES = {"KL of 0": ("ref_log_probs", "reference"), "nothing explained": ("trained", "critic")}
@@ -134,11 +134,6 @@ EXPLAINED = (
     "forecast, 0 everywhere here, which explains nothing; advantages are then noisy, and nothing crashes. Her reward "
     "model learned instead: the judge itself moved. Each fault is one line in a log that stays where it began."
 )
-
-
-def names(oddity: str, place: int, *words: str) -> Callable[[dict], bool]:
-    """Whether the answer to an oddity has one of these words as its entry (place 0) or model (1)."""
-    return lambda oddities: oddities[oddity][place] in words
 
 
 ODDITIES = (
@@ -155,13 +150,13 @@ ODDITIES = (
     ),
     Misconception(
         "the log-probabilities of the sample",
-        names("KL of 0", 0, "log_probs"),
+        lambda oddities: oddities["KL of 0"][0] == "log_probs",
         "KL of 0: log_probs are recorded while sampling, by the policy, as they should be. Look at what they are "
         "compared with.",
     ),
     Misconception(
         "the values themselves",
-        names("nothing explained", 0, "values"),
+        lambda oddities: oddities["nothing explained"][0] == "values",
         "nothing explained: the values do come from the critic. But a critic that never changes says today what it "
         "said on the first day. What would change it?",
     ),
@@ -203,8 +198,7 @@ def two_oddities(oddities: dict) -> None:
         if None not in oddities[oddity] and oddities[oddity] != cause:
             part = "entry" if oddities[oddity][0] != cause[0] else "model"
             raise Hint(f"{oddity}: another {part}. Follow the number back through the figure of the four models.")
-    verdict = f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT
-    report("two_oddities", verdict, EXPLAINED)
+    report("two_oddities", so_far(open_ones), EXPLAINED)
 
 
 def check_names(answers: dict) -> None:

@@ -3,7 +3,15 @@
 import math
 from collections.abc import Sequence
 
-from rlhf_lessons.checks._harness import CORRECT, NOT_ATTEMPTED, Hint, Misconception, first_misconception, report
+from rlhf_lessons.checks._harness import (
+    CORRECT,
+    NOT_ATTEMPTED,
+    Hint,
+    Misconception,
+    first_misconception,
+    report,
+    so_far,
+)
 from rlhf_lessons.checks.faults import FAULTS, toy_history
 
 # --- Exercise: align a model by your own PPO ----------------------------------------------------
@@ -90,10 +98,9 @@ ALIGNED_BY_YOU = (
 def aligned_by_you(runs: Sequence, *, gold_bar: float = 1.2, max_kl: float = 6.0, seeds: int = 3) -> None:
     """Lesson 10: runs of several seeds, each of which ends with the gold reward above a bar and the KL below a limit.
 
-    runs: for each seed its history, drawn one after the other: a dict per iteration with
-    score, gold and kl (nats per response). NotImplemented or
-    None, for all or in one's place, is "not attempted yet". Means over the last 5 iterations count. Prints "correct" or
-    raises AssertionError with a hint.
+    runs: for each seed its history, drawn one after the other: a dict per iteration with score, gold and kl (nats per
+    response). NotImplemented or None, for all or in one's place, is "not attempted yet". Means over the last 5
+    iterations count. Prints "correct" or raises AssertionError with a hint.
     """
     done = []
     for run in (None,) if runs is NotImplemented or runs is None else runs.values() if isinstance(runs, dict) else runs:
@@ -191,5 +198,4 @@ def diagnose(answers: dict) -> None:
         if said not in FAULTS:
             raise Hint(f"{letter}: {said!r} is not one of {', '.join(FAULTS)}.")
         raise Hint(f"Run {letter} is not {said}: with that you would see {FAULTS[said].symptom}.")
-    verdict = f"right so far; {NOT_ATTEMPTED}: {', '.join(open_ones)}" if open_ones else CORRECT
-    report("diagnose", verdict, "" if open_ones else "\n".join(EXPLAINS))
+    report("diagnose", so_far(open_ones), "\n".join(EXPLAINS))
