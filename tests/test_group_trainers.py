@@ -52,11 +52,16 @@ def test_ppo_may_answer_a_prompt_several_times_too():
         (dict(samples_per_prompt=3), "batch_size must be a multiple of samples_per_prompt = 3; got 16"),
         (dict(samples_per_prompt=1), "samples_per_prompt must be a whole number >= 2; got 1"),
         (dict(advantage_scale="std"), "advantage_scale must be one of none, group, batch; got 'std'"),
+        (dict(loss_over="rows"), "loss_over must be one of tokens, sequences, constant; got 'rows'"),
+        (dict(ratio_level="word"), "ratio_level must be one of token, sequence; got 'word'"),
+        (dict(kl_in="score"), "kl_in must be one of loss, reward; got 'score'"),
+        (dict(clip_eps_high=0.0), "clip_eps_high must be a number > 0, or None; got 0.0"),
+        (dict(dynamic_sampling=-1), "dynamic_sampling must be a whole number >= 0; got -1"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(settings, message):
+def test_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        make(**settings)
+        make("grpo", **settings)
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
@@ -195,7 +200,7 @@ def test_optimiser_and_schedule_can_be_given():
     policy = tiny_lm()
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 0.5**done)
-    config = GRPOConfig(**SMALL, samples_per_prompt=4)
+    config = RLOOConfig(**SMALL, samples_per_prompt=4)
     arguments = (config, policy, tiny_lm(seed=1), count_good, PROMPTS, word_tokenizer())
     history = RLOOTrainer(*arguments, optimizer=optimizer, scheduler=scheduler).train()
     assert [metrics["learning_rate"] for metrics in history] == [0.5, 0.25, 0.125, 0.0625]
@@ -211,7 +216,7 @@ def test_a_run_raises_the_gold_reward_that_nobody_trains_on(method):
     """12 iterations of 64 responses; mean of the last three against the first, 0.45 at least (seen: 0.8 to 1.3)."""
     tokenizer = load_tokenizer(ASSETS / "base")
     prompts = tiny_reviews.prompts(500, torch.Generator().manual_seed(0))
-    config = GRPOConfig(
+    config = CONFIGS[method](
         num_iterations=12, batch_size=64, minibatch_size=32, samples_per_prompt=4, ppo_epochs=2, device="cpu",
         kl_coef=0.05 if method == "rloo" else 0.02,
     )  # fmt: skip
