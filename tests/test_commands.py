@@ -622,7 +622,7 @@ def test_options_that_are_read_are_not_refused(options):
          "give --kl-coef with --method ppo or rloo or grpo or dpo: best-of-n does not read it"),
         ("--method dpo --corpus corpus.txt --score own_scores:good",
          "give --preferences with --corpus: DPO learns from them, and the tiny world has none"),
-        ("--method dpo --reward-model r --reward-epochs 2", "give --reward-epochs or --reward-model, not both: no rewa"),
+        ("--method dpo --reward-model r --reward-epochs 2", "give --reward-epochs or --reward-model, not both"),
     ],
 )  # fmt: skip
 def test_options_that_a_method_does_not_read_are_refused(options, message):
