@@ -68,6 +68,7 @@ def test_noisy_texts_are_right_as_often_as_asked_and_else_miss_by_a_slip():
         share = sum(abs(miss) == slip for miss in wrong) / len(wrong)
         assert abs(share - 0.25) < 4 * (0.25 * 0.75 / len(wrong)) ** 0.5
     assert abs(sum(miss < 0 for miss in wrong) / len(wrong) - 0.48) < 0.03  # a few would have been below 0
+    assert ("0", -3) in {(given, miss) for miss, given in found}  # 0 is an answer like any other
     assert all(ts.as_digits(int(given.replace(" ", ""))) == given for _, given in found)
 
 
