@@ -21,7 +21,7 @@ import torch
 import rlhf_lessons
 from rlhf_lessons import plots, tiny_reviews, tiny_sums
 from rlhf_lessons.app.run_folder import mean_of_last, read_metrics, summary_table
-from rlhf_lessons.config import GroupConfig, PPOConfig
+from rlhf_lessons.config import GRPOConfig, PPOConfig
 from rlhf_lessons.data import encode_prompt, pad
 from rlhf_lessons.device import use_threads
 from rlhf_lessons.fitting import annotated_preferences, fit_language_model, language_model_loss
@@ -255,7 +255,7 @@ def sums_run(seed: int) -> dict:
     """One run of GRPO on the training sums: exact pass@1 before and after each iteration, pass@k at its end."""
     lm, reference = (load_causal_lm(ASSETS / "sums") for _ in range(2))
     trainer = GRPOTrainer(
-        GroupConfig(seed=seed, **SUMS_SETTINGS), lm, reference, tiny_sums.correct, tiny_sums.problems("train"),
+        GRPOConfig(seed=seed, **SUMS_SETTINGS), lm, reference, tiny_sums.correct, tiny_sums.problems("train"),
         load_tokenizer(ASSETS / "sums"),
     )  # fmt: skip
     curves = {split: [round(float(chances(lm, split).mean()), 4)] for split in tiny_sums.SPLITS}

@@ -5,9 +5,10 @@ NumPy's and PyTorch's are taken for the numbers that they hold.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 
 class Allowed(NamedTuple):
@@ -74,30 +75,12 @@ def check_settings(config: Any) -> None:
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
-    """What all on-policy methods share."""
+class SamplingConfig:
+    """What all methods share: how a batch of responses is sampled and scored."""
 
-    num_iterations: int = setting(50, COUNT, "iterations: a batch of responses and the updates from it")
-    batch_size: int = setting(128, COUNT, "responses in an iteration, over all processes")
-    samples_per_prompt: int = setting(1, COUNT, "responses to each prompt that is drawn")
-    minibatch_size: int = setting(32, COUNT, "responses in one optimiser step, over all processes")
-    gradient_accumulation_steps: int = setting(1, COUNT, "pieces in which a minibatch is computed, to save memory")
-    ppo_epochs: int = setting(4, COUNT, "passes over each batch")
+    batch_size: int = setting(128, COUNT, "responses in an iteration, over all processes; of best-of-n: those kept")
     max_new_tokens: int = setting(24, COUNT, "longest response, in tokens, EOS included")
     temperature: float = setting(1.0, POSITIVE, "of sampling and, the same, of scoring")
-    learning_rate: float = setting(1e-3, POSITIVE, "of AdamW at the start")
-    lr_schedule: str = setting("linear", one_of("linear", "constant"), "linear (to 0 over the run) or constant")
-    max_grad_norm: float = setting(1.0, LIMIT, "gradients are scaled down to this norm")
-    clip_eps: float = setting(0.2, LIMIT, "ε of the policy's clip range")
-    ent_coef: float = setting(0.0, NOT_NEGATIVE, "weight of the entropy bonus")
-    kl_coef: float = setting(
-        0.1, NOT_NEGATIVE, "β: price of one nat of KL from the reference; the first one if adaptive"
-    )
-    adaptive_kl_target: float | None = setting(None, OPTIONAL, "KL per response, in nats, that β is steered to")
-    adaptive_kl_horizon: int = setting(10000, COUNT, "responses over which that steering works")
-    target_kl: float | None = setting(
-        None, OPTIONAL, "leave an iteration's epochs early when the update's own KL per token is 1.5 times this"
-    )
     missing_eos_penalty: float = setting(1.0, NOT_NEGATIVE, "subtracted from the score of a response that did not end")
     missing_eos_mode: str = setting(
         "subtract",
@@ -112,15 +95,51 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    def check_whole(self, whole: str, part: str) -> None:
+        """Raise ValueError unless one setting is a multiple of another."""
+        size = getattr(self, part)
+        require(whole, getattr(self, whole), getattr(self, whole) % size == 0, f"a multiple of {part} = {size}")
+
+    @property
+    def scored_rows(self) -> int:
+        """Responses in one pass without a gradient, which bounds the memory of logits."""
+        return min(self.batch_size, 64)
+
+
+@dataclass(frozen=True)
+class TrainerConfig(SamplingConfig):
+    """What all on-policy methods share."""
+
+    num_iterations: int = setting(50, COUNT, "iterations: a batch of responses and the updates from it")
+    samples_per_prompt: int = setting(1, COUNT, "responses to each prompt that is drawn")
+    minibatch_size: int = setting(32, COUNT, "responses in one optimiser step, over all processes")
+    gradient_accumulation_steps: int = setting(1, COUNT, "pieces in which a minibatch is computed, to save memory")
+    ppo_epochs: int = setting(4, COUNT, "passes over each batch")
+    learning_rate: float = setting(1e-3, POSITIVE, "of AdamW at the start")
+    lr_schedule: str = setting("linear", one_of("linear", "constant"), "linear (to 0 over the run) or constant")
+    max_grad_norm: float = setting(1.0, LIMIT, "gradients are scaled down to this norm")
+    clip_eps: float = setting(0.2, LIMIT, "ε of the policy's clip range")
+    clip_eps_high: float | None = setting(None, OPTIONAL, "ε of its upper end, where that is another (clip-higher)")
+    ent_coef: float = setting(0.0, NOT_NEGATIVE, "weight of the entropy bonus")
+    kl_coef: float = setting(
+        0.1, NOT_NEGATIVE, "β: price of one nat of KL from the reference; the first one if adaptive"
+    )
+    adaptive_kl_target: float | None = setting(None, OPTIONAL, "KL per response, in nats, that β is steered to")
+    adaptive_kl_horizon: int = setting(10000, COUNT, "responses over which that steering works")
+    target_kl: float | None = setting(
+        None, OPTIONAL, "leave an iteration's epochs early when the update's own KL per token is 1.5 times this"
+    )
+    loss_over: ClassVar[str] = "tokens"
+    ratio_level: ClassVar[str] = "token"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require("kl_coef", self.kl_coef, self.adaptive_kl_target is None or self.kl_coef > 0,
                 "a number > 0 when it is adaptive")  # fmt: skip
-        for whole, part in (
-            ("batch_size", "minibatch_size"),
-            ("batch_size", "samples_per_prompt"),
-            ("minibatch_size", "gradient_accumulation_steps"),
-        ):
-            size = getattr(self, part)
-            require(whole, getattr(self, whole), getattr(self, whole) % size == 0, f"a multiple of {part} = {size}")
+        self.check_whole("batch_size", "samples_per_prompt")
+        self.check_whole("batch_size", "minibatch_size")
+        self.check_whole("minibatch_size", "gradient_accumulation_steps")
         steps = self.ppo_epochs * self.batch_size // self.minibatch_size
         require("target_kl", self.target_kl, self.target_kl is None or steps > 1,
                 "None where an iteration is one step, before which nothing has moved")  # fmt: skip
@@ -128,6 +147,16 @@ class TrainerConfig:
         horizon, size = self.adaptive_kl_horizon, self.batch_size
         require("adaptive_kl_horizon", horizon, self.adaptive_kl_target is None or 5 * horizon > size,
                 f"more than a fifth of batch_size = {size}")  # fmt: skip
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far the policy's ratio may go down and up."""
+        return self.clip_eps, self.clip_eps_high or self.clip_eps
+
+    @property
+    def aggregation(self) -> dict[str, Any]:
+        """What `ppo.aggregate` averages the policy's loss over."""
+        return {"over": self.loss_over, "constant": self.max_new_tokens if self.loss_over == "constant" else None}
 
     @property
     def micro_batch_size(self) -> int:
@@ -159,14 +188,61 @@ class PPOConfig(TrainerConfig):
 
 @dataclass(frozen=True)
 class GroupConfig(TrainerConfig):
-    """All numbers of the methods that compare several responses to one prompt instead of asking a critic."""
+    """What methods share that compare several responses to one prompt instead of asking a critic."""
 
     samples_per_prompt: int = setting(8, at_least(2), "responses to each prompt that is drawn")
+
+
+@dataclass(frozen=True)
+class RLOOConfig(GroupConfig):
+    """All numbers of RLOO."""
+
+
+@dataclass(frozen=True)
+class GRPOConfig(GroupConfig):
+    """All numbers of GRPO, and what makes its kin of it: Dr. GRPO, DAPO, GSPO, REINFORCE++ with a baseline."""
+
     advantage_scale: str = setting(
         "group",
         one_of("none", "group", "batch"),
-        "GRPO's advantages over: nothing, their group's standard deviation, or the batch's",
+        "advantages over: nothing (Dr. GRPO), their group's standard deviation (GRPO), or the batch's (REINFORCE++)",
     )
+    loss_over: str = setting(
+        "tokens",
+        one_of("tokens", "sequences", "constant"),
+        "the loss is a mean over tokens (DAPO), over responses of their tokens' means (GRPO), or a sum over "
+        "max_new_tokens (Dr. GRPO)",
+    )
+    ratio_level: str = setting(
+        "token", one_of("token", "sequence"), "a ratio for each token, or one for each response (GSPO)"
+    )
+    kl_in: str = setting("loss", one_of("loss", "reward"), "where the KL is paid: in the loss, or out of the reward")
+    kl_kind: str = setting("k3", one_of("k1", "k2", "k3"), "the estimate of the KL that is paid")
+    dynamic_sampling: int = setting(
+        0, at_least(0), "more batches to sample at most, in the place of groups whose scores are all equal (DAPO)"
+    )
+
+
+@dataclass(frozen=True)
+class DPOConfig(SamplingConfig):
+    """All numbers of DPO, a fit to preferences; its iterations look at what the policy has come to."""
+
+    num_iterations: int = setting(20, COUNT, "looks at the policy while it is fitted, a batch of responses each")
+    kl_coef: float = setting(0.1, POSITIVE, "β: price of one nat of KL from the reference")
+    dpo_loss: str = setting("dpo", one_of("dpo", "ipo"), "log-odds without end (dpo), or up to 1/(2β) (ipo)")
+    dpo_epochs: float = setting(1.0, POSITIVE, "passes over the preferences")
+    dpo_batch_size: int = setting(32, COUNT, "pairs in a step")
+    dpo_learning_rate: float = setting(3e-4, POSITIVE, "of AdamW, at its highest")
+
+
+@dataclass(frozen=True)
+class BestOfNConfig(SamplingConfig):
+    """All numbers of best-of-n, a decoder: nothing is trained, and its iterations are n = 1, 2, 4, …"""
+
+    n: int = setting(64, COUNT, "responses to each prompt, of which the one with the highest score is kept")
+
+
+METHODS = {"ppo": PPOConfig, "rloo": RLOOConfig, "grpo": GRPOConfig, "dpo": DPOConfig, "best-of-n": BestOfNConfig}
 
 
 @dataclass(frozen=True)
@@ -206,22 +282,28 @@ class Settings:
 
     pretrain: PretrainConfig = PretrainConfig()
     reward: RewardConfig = RewardConfig()
-    ppo: PPOConfig = PPOConfig()
+    method: SamplingConfig = PPOConfig()
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, kind = getattr(self, item.name), type(item.default)
+        for item, kind in zip(fields(self), (PretrainConfig, RewardConfig, SamplingConfig), strict=True):
+            value = getattr(self, item.name)
             require(item.name, value, isinstance(value, kind), f"a {kind.__name__}")
 
 
-PRESETS = {
-    "tiny": Settings(),
-    "small": Settings(
-        PretrainConfig(
-            layers=12, width=768, heads=12, context=128, vocab_size=8000, lm_epochs=6.0, lm_batch_size=64,
-            lm_learning_rate=6e-4,
-        ),
-        RewardConfig(reward_batch_size=64, reward_learning_rate=5e-5),
-        PPOConfig(batch_size=512, minibatch_size=128, max_new_tokens=48, learning_rate=2e-5, precision="bf16"),
+PRESETS = {  # what differs from the defaults
+    "tiny": {},
+    "small": dict(
+        layers=12, width=768, heads=12, context=128, vocab_size=8000, lm_epochs=6.0, lm_batch_size=64,
+        lm_learning_rate=6e-4, reward_batch_size=64, reward_learning_rate=5e-5, batch_size=512, minibatch_size=128,
+        max_new_tokens=48, learning_rate=2e-5, dpo_batch_size=64, dpo_learning_rate=5e-6, precision="bf16",
     ),
 }  # fmt: skip
+
+
+def make_settings(method: str = "ppo", given: Mapping[str, Any] = MappingProxyType({})) -> Settings:
+    """The settings of a run by one of METHODS: those in `given` by their names, all others default."""
+    kinds = {"pretrain": PretrainConfig, "reward": RewardConfig, "method": METHODS[method]}
+    return Settings(**{
+        section: kind(**{item.name: given[item.name] for item in fields(kind) if item.name in given})
+        for section, kind in kinds.items()
+    })  # fmt: skip

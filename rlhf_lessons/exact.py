@@ -141,6 +141,32 @@ def optimal_policy(ref_log_probs: Tensor, rewards: Tensor, *, kl_coef: float) ->
     return (ref_log_probs + rewards / kl_coef).log_softmax(dim=-1)
 
 
+def best_of_n(log_probs: Tensor, rewards: Tensor, n: int) -> Tensor:
+    """The policy that best-of-n is: n independent samples, and the one with the highest reward kept.
+
+    P(y) = π(y) · (F(r)ⁿ − F(r⁻)ⁿ) / (F(r) − F(r⁻)),   r = r(y), F(r) = P(reward ≤ r), F(r⁻) = P(reward < r)
+
+    Samples of equal reward are as likely to be kept as they are to be drawn. KL(P ‖ π) ≤ log n − (n−1)/n, with
+    equality for no discrete π and n > 1.
+
+    Shapes: log_probs (N,) over all N outcomes, rewards (N,), n ≥ 1 -> (N,), in nats.
+    Raises: ValueError if n is below 1, the shapes differ, or π does not sum to 1.
+    Source: Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy".
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1; got {n}")
+    _check_shape(rewards, log_probs.shape, "rewards")
+    probs = log_probs.double().exp()
+    _check_sums_to_one(probs.sum(), "exp(log_probs)")
+    level = rewards.unique(return_inverse=True)[1]  # equal rewards, one level
+    mass = probs.new_zeros(int(level.max()) + 1).index_add(0, level, probs)
+    below = mass.cumsum(0) - mass
+    # (bⁿ − aⁿ) / (b − a) as a sum of products, which loses nothing where b − a is small.
+    upto = below + mass
+    factor = sum(upto**k * below ** (n - 1 - k) for k in range(n))
+    return log_probs.double() + factor.log()[level]
+
+
 def sequence_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL divergence between two distributions over whole sequences.
 

@@ -1,4 +1,4 @@
-"""The two fits that come before PPO: the language model on text, the reward model on preferences."""
+"""Fits to what is given: a language model on text, a reward model on preferences, a policy on preferences (DPO)."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from rlhf_lessons import tiny_reviews
 from rlhf_lessons.config import COUNT, POSITIVE
-from rlhf_lessons.data import encode_preferences, encode_prompt, pad
+from rlhf_lessons.data import encode_pair, encode_preferences, encode_prompt, pad
 from rlhf_lessons.device import autocast, make_accelerator
-from rlhf_lessons.forward import causal_lm_logits, context_of
+from rlhf_lessons.forward import causal_lm_logits, context_of, evaluating
 from rlhf_lessons.generation import respond
 from rlhf_lessons.masking import masked_mean
+from rlhf_lessons.models import without_dropout
 from rlhf_lessons.policy_gradient import action_log_probs
-from rlhf_lessons.preferences import bradley_terry_loss
+from rlhf_lessons.preferences import bradley_terry_loss, dpo_loss, ipo_loss
 from rlhf_lessons.scoring import preference_accuracy, score_ids, score_texts
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 OnStep = Callable[[int, int, float], None]  # (step, steps, loss)
 
 __all__ = [
-    "annotated_preferences", "fit_language_model", "fit_reward_model", "language_model_loss", "preference_accuracy",
-    "score_texts",
+    "annotated_preferences", "fit_dpo", "fit_language_model", "fit_reward_model", "language_model_loss",
+    "preference_accuracy", "preference_log_probs", "score_texts",
 ]  # fmt: skip
 
 
@@ -181,6 +182,77 @@ def fit_reward_model(
     texts = [ids for pair in zip(encoded["chosen"], encoded["rejected"], strict=True) for ids in pair]
     reward_model.normalize(score_ids(reward_model, texts, pad_id=tokenizer.pad_token_id))
     return losses
+
+
+PREFERENCE_LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss}
+
+
+def fit_dpo(
+    policy: nn.Module, reference: nn.Module, preferences: Sequence[Mapping[str, str]],
+    tokenizer: "PreTrainedTokenizerBase", *, beta: float, loss: str = "dpo", epochs: float = 1, batch_size: int = 32,
+    learning_rate: float = 3e-4, seed: int = 0, device: str = "auto", precision: str = "no",
+    on_step: OnStep | None = None,
+) -> list[float]:  # fmt: skip
+    """Train a language model on preferences, {"prompt", "chosen", "rejected"}, directly. Returns the losses.
+
+    policy: a plain language model; reference: a model of its own, read once, before the first step; loss: "dpo" or
+    "ipo" of `preferences`. Raises ValueError for no pairs, another loss, beta ≤ 0, a reference that shares parameters
+    with the policy, and what `fit` does.
+    Source: Rafailov et al. 2023, "Direct preference optimization", §4.
+    """
+    if loss not in PREFERENCE_LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(PREFERENCE_LOSSES)}; got {loss!r}")
+    POSITIVE.check("beta", beta)
+    if {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}:
+        raise ValueError("reference must be a model of its own; got one that shares parameters with policy")
+    place = make_accelerator(device).device
+    policy, reference = without_dropout(policy.to(place)), reference.to(place)
+    encoded = encode_preferences(tokenizer, preferences, context=context_of(policy))
+    prompts = [len(encode_pair(tokenizer, pair)[0]) for pair in preferences]
+    with evaluating(reference), autocast(place, precision):
+        ref_log_probs = torch.stack(preference_log_probs(reference, preferences, tokenizer, rows=2 * batch_size))
+
+    def loss_of(rows: list[int]) -> Tensor:
+        log_probs = pair_log_probs(policy, encoded, prompts, rows, tokenizer.pad_token_id)
+        return PREFERENCE_LOSSES[loss](*log_probs, *ref_log_probs[:, rows], beta=beta)
+
+    lengths = [max(len(a), len(b)) for a, b in zip(encoded["chosen"], encoded["rejected"], strict=True)]
+    return fit(
+        policy, loss_of, lengths, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, weight_decay=0.0,
+        seed=seed, device=place, precision=precision, on_step=on_step,
+    )  # fmt: skip
+
+
+def pair_log_probs(
+    lm: nn.Module, encoded: Mapping[str, list[list[int]]], prompts: list[int], rows: list[int], pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N,) of chosen and of rejected responses given their prompts, EOS included, of these pairs.
+
+    encoded: from `data.encode_preferences`; prompts: how many of each pair's tokens are its prompt's.
+    """
+    both = [encoded["chosen"][i] for i in rows] + [encoded["rejected"][i] for i in rows]
+    tokens, mask = (x.to(lm.device) for x in pad(both, pad_id, side="right"))
+    log_probs = action_log_probs(causal_lm_logits(lm, tokens[:, :-1], mask[:, :-1]), tokens[:, 1:])
+    starts = torch.tensor([prompts[i] for i in rows] * 2, device=lm.device)
+    answers = mask[:, 1:] & (torch.arange(1, tokens.shape[1], device=lm.device) >= starts[:, None])
+    return torch.where(answers, log_probs, 0).sum(dim=1).split(len(rows))
+
+
+@torch.no_grad()
+def preference_log_probs(
+    lm: nn.Module, preferences: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase", *, rows: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N,) of chosen and of rejected responses, EOS included, in nats.
+
+    rows: pairs read at once. Raises ValueError for no pairs, or one longer than the model's context.
+    """
+    encoded = encode_preferences(tokenizer, preferences, context=context_of(lm))
+    prompts = [len(encode_pair(tokenizer, pair)[0]) for pair in preferences]
+    parts = [
+        torch.stack(pair_log_probs(lm, encoded, prompts, some.tolist(), tokenizer.pad_token_id))
+        for some in torch.arange(len(prompts)).split(rows)
+    ]
+    return torch.cat(parts, dim=1).unbind()
 
 
 def annotated_preferences(

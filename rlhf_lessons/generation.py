@@ -288,6 +288,22 @@ def sample_batch(
     )
 
 
+def best_of_n(samples: Samples, scores: Tensor) -> Samples:
+    """Of each draw's responses the one with the highest score (B,), the first of equals: a policy without training.
+
+    Where each prompt was drawn n times under one `group`, this is best-of-n. Its law is `exact.best_of_n`.
+    Raises ValueError for scores of another shape.
+    Source: Stiennon et al. 2020, "Learning to summarize from human feedback", §4.3.
+    """
+    if scores.shape != samples.group.shape:
+        raise ValueError(f"scores must be (B,) = {tuple(samples.group.shape)}; got {tuple(scores.shape)}")
+    order = scores.argsort(descending=True, stable=True)
+    order = order[samples.group[order].argsort(stable=True)]  # by group, in it by score
+    group = samples.group[order]
+    first = torch.cat([torch.ones_like(group[:1], dtype=torch.bool), group[1:] != group[:-1]])
+    return samples.rows(order[first].cpu())
+
+
 def respond(
     lm: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Mapping[str, Any]], *,
     max_new_tokens: int = 24, temperature: float = 1.0, generator: torch.Generator | None = None, batch_size: int = 512,

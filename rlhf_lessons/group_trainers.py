@@ -3,14 +3,17 @@
 The policy is a plain language model. Each method is the shared step with a credit, and perhaps a loss, of its own.
 """
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from rlhf_lessons.baselines import group_advantages, leave_one_out_baseline
-from rlhf_lessons.config import GroupConfig
+from rlhf_lessons.config import GRPOConfig, RLOOConfig
 from rlhf_lessons.kl import sampled_kl
-from rlhf_lessons.masking import masked_mean
 from rlhf_lessons.policy_gradient import action_log_probs
-from rlhf_lessons.rollout import Credited, Rollout
+from rlhf_lessons.ppo import aggregate
+from rlhf_lessons.rollout import Credited, Rollout, joined
 from rlhf_lessons.trainer import Report, Trainer, detached
 
 
@@ -21,12 +24,11 @@ class RLOOTrainer(Trainer):
     feedback in LLMs", §3.
     """
 
-    settings = GroupConfig
+    settings = RLOOConfig
 
     def credit(self, rollout: Rollout) -> Credited:
         """Every token gets its response's R − b, R = score − β Σ_t log π/π_ref, b the mean of the others."""
-        kl = sampled_kl(rollout.log_probs, rollout.ref_log_probs, kind="k1").sum(dim=1)
-        returns = rollout.scores - self.kl_controller.coef * kl
+        returns = penalised(rollout, kind="k1", kl_coef=self.kl_controller.coef)
         grouped = returns.view(-1, self.config.samples_per_prompt)  # a draw's responses stand side by side
         return per_token(rollout, (grouped - leave_one_out_baseline(grouped)).flatten())
 
@@ -34,23 +36,64 @@ class RLOOTrainer(Trainer):
 class GRPOTrainer(Trainer):
     """Group-relative policy optimisation: scores against their group's mean and deviation, the KL in the loss (k3).
 
-    Source: Shao et al. 2024, "DeepSeekMath", §4.1.
+    `GRPOConfig`'s switches make its kin of it. Dr. GRPO: advantage_scale "none", loss_over "constant". DAPO:
+    clip_eps_high 0.28, dynamic_sampling, loss_over "tokens", kl_coef 0. GSPO: ratio_level and loss_over of the
+    sequence. REINFORCE++ with a baseline: advantage_scale "batch".
+    Source: Shao et al. 2024, "DeepSeekMath", §4.1; those of `baselines.group_advantages` and `ppo.aggregate`.
     """
 
-    settings = GroupConfig
+    settings = GRPOConfig
+
+    def collect(self) -> Rollout:
+        """A batch; while groups are left whose scores are all equal, and rounds, others in their place."""
+        rollout = super().collect()
+        for _ in range(self.config.dynamic_sampling):
+            if not equal_scores(rollout).any():
+                break
+            fresh = super().collect()
+            fresh = replace(fresh, group=fresh.group + rollout.group.max() + 1)
+            both = joined([rollout, fresh], pad_id=self.tokenizer.pad_token_id)
+            # False sorts before True, and what was drawn first before what was drawn later.
+            rollout = both.rows(equal_scores(both).long().argsort(stable=True)[: len(rollout)])
+        return rollout
 
     def credit(self, rollout: Rollout) -> Credited:
-        """Every token gets its response's score, centred and scaled in its group."""
-        return per_token(rollout, group_advantages(rollout.scores, rollout.group, scale=self.config.advantage_scale))
+        """Every token gets its response's score, less the KL if that is paid there, centred and scaled in its group."""
+        in_reward = self.config.kl_in == "reward"
+        rewards = penalised(rollout, kind=self.config.kl_kind, kl_coef=self.kl_controller.coef if in_reward else 0)
+        return per_token(rollout, group_advantages(rewards, rollout.group, scale=self.config.advantage_scale))
 
     def losses(self, batch: Credited) -> tuple[Tensor, Report]:
-        """The clipped policy loss plus β times the KL from the reference, each a mean over real tokens."""
-        logits = self.response_logits(batch)
+        """The clipped policy loss and, where the KL is paid there, β times the KL from the reference."""
+        config, logits = self.config, self.response_logits(batch)
         log_probs = action_log_probs(logits, batch.responses)
         policy_loss, mean_entropy, report = self.policy_losses(log_probs, logits, batch)
-        kl = masked_mean(sampled_kl(log_probs, batch.ref_log_probs, kind="k3"), batch.response_mask)
-        loss = policy_loss + self.kl_controller.coef * kl - self.config.ent_coef * mean_entropy
-        return loss, detached({"loss": loss, "policy_loss": policy_loss, "kl_loss": kl} | report)
+        loss, parts = policy_loss - config.ent_coef * mean_entropy, {"policy_loss": policy_loss}
+        if config.kl_in == "loss":
+            estimates = sampled_kl(log_probs, batch.ref_log_probs, kind=config.kl_kind)
+            parts["kl_loss"] = aggregate(estimates, batch.response_mask, **config.aggregation)
+            loss = loss + self.kl_controller.coef * parts["kl_loss"]
+        return loss, detached({"loss": loss} | parts | report)
+
+    def measures(self, batch: Credited) -> dict[str, Tensor]:
+        """The share of the responses that learn nothing, since their whole group scored the same."""
+        return {"equal_scores": equal_scores(batch).float().mean()}
+
+
+def penalised(rollout: Rollout, *, kind: str, kl_coef: float) -> Tensor:
+    """Scores less β times an estimate of the whole response's KL from the reference: (B,)."""
+    kl = sampled_kl(rollout.log_probs, rollout.ref_log_probs, kind=kind)
+    return rollout.scores - kl_coef * torch.where(rollout.response_mask, kl, 0).sum(dim=1)
+
+
+def equal_scores(rollout: Rollout) -> Tensor:
+    """True for the responses whose whole group scored the same: (B,)."""
+    groups, index = rollout.group.unique(return_inverse=True)
+    low, high = (
+        rollout.scores.new_zeros(len(groups)).scatter_reduce(0, index, rollout.scores, kind, include_self=False)
+        for kind in ("amin", "amax")
+    )
+    return (low == high)[index]
 
 
 def per_token(rollout: Rollout, advantages: Tensor) -> Credited:

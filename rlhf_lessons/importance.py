@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_lessons.masking import check_same_shape, full_precision
+from rlhf_lessons.masking import check_same_shape, full_precision, real_steps
 
 
 def bounded_exponent(x: Tensor) -> Tensor:
@@ -31,6 +31,37 @@ def importance_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
     """
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs)
     return bounded_exponent(full_precision(log_probs) - full_precision(old_log_probs)).exp()
+
+
+def sequence_ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One ratio a text: the geometric mean of its tokens' ratios, so that length alone does not make it explode.
+
+        s = (π(y|x) / π_old(y|x))^(1/|y|) = exp((1/|y|) Σ_t (log π − log π_old))
+
+    log_probs, old_log_probs, mask (B, T) -> (B,). The text's own importance weight is s to the power |y|: weighting by
+    s instead is biased (lower variance is what it buys). Raises ValueError for unequal shapes.
+    Source: Zheng et al. 2025, "Group sequence policy optimization", §4.1.
+    """
+    check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs)
+    mask = real_steps(log_probs, mask)
+    difference = torch.where(mask, full_precision(log_probs) - full_precision(old_log_probs), 0)
+    return bounded_exponent(difference.sum(dim=-1) / mask.sum(dim=-1)).exp()
+
+
+def truncated_ratio(log_probs: Tensor, sampler_log_probs: Tensor, *, cap: float) -> Tensor:
+    """The weight that makes good for a sampler whose probabilities are not quite the policy's, capped.
+
+        w_t = min(π(a_t|s_t) / μ(a_t|s_t), cap)
+
+    log_probs, sampler_log_probs of one shape -> that shape, without a gradient: it weighs a loss. The cap bounds the
+    variance and costs a bias, E_μ[w] = 1 − E_μ[(π/μ − cap)⁺]. Raises ValueError unless cap ≥ 1 (∞: no cap), below which
+    every token would lose weight where the two agree.
+    Source: Ionides 2008, "Truncated importance sampling"; Yao et al. 2025, "Your efficient RL framework secretly
+    brings you off-policy RL training".
+    """
+    if not cap >= 1:
+        raise ValueError(f"cap must be a number >= 1; got {cap}")
+    return importance_ratio(log_probs, sampler_log_probs).detach().clamp(max=cap)
 
 
 def importance_mean(f: Tensor, weights: Tensor, *, self_normalized: bool = False) -> Tensor:

@@ -5,11 +5,12 @@ The shift by one (the logits at position t belong to token t+1) stands in this f
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lessons.advantages import gae
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "Credited", "Rollout", "RolloutBatch", "check_language_model", "collect", "collect_rollout", "policy_outputs",
-    "ppo_credit", "reference_logits", "response_values", "sample_responses", "state_values",
+    "Credited", "Rollout", "RolloutBatch", "check_language_model", "collect", "collect_rollout", "describe", "joined",
+    "policy_outputs", "ppo_credit", "reference_logits", "response_values", "sample_responses", "state_values",
 ]  # fmt: skip
 
 
@@ -55,6 +56,33 @@ class RolloutBatch(Credited):
     values: Tensor  # (B, T) the critic's, of the state each token was sampled in
     rewards: Tensor  # (B, T) KL penalty on every token, the score on the last
     returns: Tensor  # (B, T) GAE + values: the critic's targets
+
+
+def describe(rollout: Rollout) -> dict[str, Tensor]:
+    """What a batch has come to: mean score, KL from the reference per response, length, share that ended."""
+    return {
+        "score": rollout.scores.mean(),
+        "kl": sampled_kl(rollout.log_probs, rollout.ref_log_probs, kind="k1").sum(dim=1).mean(),
+        "response_length": rollout.response_mask.sum(dim=1).float().mean(),
+        "ended": rollout.ended.float().mean(),
+    }
+
+
+def joined(batches: Sequence[Rollout], *, pad_id: int) -> Rollout:
+    """One batch of the rows of several, prompts padded on the left and responses on the right to the longest."""
+    prompt, response = max(b.prompt_length for b in batches), max(b.responses.shape[1] for b in batches)
+    parts: dict[str, Any] = {field.name: [] for field in fields(batches[0])}
+    for batch in batches:
+        left, right = prompt - batch.prompt_length, response - batch.responses.shape[1]
+        for name, found in parts.items():
+            value = getattr(batch, name)
+            if isinstance(value, Tensor) and value.ndim == 2:
+                of_text = name in ("tokens", "attention_mask")  # the others begin with the response
+                value = F.pad(value, (left if of_text else 0, right), value=pad_id if name == "tokens" else 0)
+            found.append(value)
+    rows = {name: torch.cat(found) for name, found in parts.items() if isinstance(found[0], Tensor)}
+    records = tuple(record for batch in batches for record in batch.records)
+    return type(batches[0])(**rows, records=records, prompt_length=prompt)
 
 
 def policy_outputs(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlhf_lessons.data import Prompt, encode_prompt, encode_response, pad
 from rlhf_lessons.forward import causal_lm_logits, context_of
 from rlhf_lessons.generation import Samples, at_temperature
+from rlhf_lessons.masking import check_same_shape, full_precision
 from rlhf_lessons.policy_gradient import action_log_probs
 
 if TYPE_CHECKING:
@@ -103,6 +104,34 @@ def missing_eos_scores(scores: Tensor, ended: Tensor, *, penalty: float, mode: s
         raise ValueError(f'mode must be "subtract" or "replace"; got {mode!r}')
     penalised = scores - penalty if mode == "subtract" else torch.full_like(scores, -penalty)
     return torch.where(ended, scores, penalised)
+
+
+def best_of_mean(scores: Tensor, values: Tensor, n: int) -> Tensor:
+    """Expected value of the response that best-of-n keeps, from m ≥ n samples of a prompt: none of them is wasted.
+
+        Σ_j C(j−1, n−1)/C(m, n) · value of the j-th in rising order of score
+
+    scores, values (B, m) -> (B,): the mean over all ways to pick n of the m, so unbiased for each n, and `values` may
+    be the scores themselves or another reward. Equal scores share their weight. Raises ValueError for unequal shapes or
+    n outside 1 … m.
+    Source: Chen et al. 2021, "Evaluating large language models trained on code", §2.1, for right and wrong.
+    """
+    check_same_shape(scores=scores, values=values)
+    m = scores.shape[-1]
+    if not 1 <= n <= m:
+        raise ValueError(f"n must be a whole number between 1 and the {m} samples of a prompt; got {n}")
+    scores, values = full_precision(scores), full_precision(values)
+    upto = (scores[..., :, None] >= scores[..., None, :]).sum(dim=-1)  # how many score no more
+    ties = (scores[..., :, None] == scores[..., None, :]).sum(dim=-1)
+
+    def chance(rank: Tensor) -> Tensor:
+        """That all n picked are among the `rank` lowest: C(rank, n)/C(m, n), in float64, since it is tiny at first."""
+        rank = rank.double()
+        ways = torch.lgamma(rank + 1) - torch.lgamma((rank - n).clamp(min=0) + 1)
+        return torch.where(rank < n, 0, (ways - (math.lgamma(m + 1) - math.lgamma(m - n + 1))).exp())
+
+    weights = ((chance(upto) - chance(upto - ties)) / ties).to(values.dtype)
+    return (weights * values).sum(dim=-1)
 
 
 def score_texts(

@@ -27,13 +27,22 @@ from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
 from rlhf_lessons.masking import masked_mean
 from rlhf_lessons.models import check_tokenizer, check_vocabulary, without_dropout
 from rlhf_lessons.policy_gradient import action_log_probs, entropy
-from rlhf_lessons.ppo import clip_fraction, clipped_policy_loss, clipped_value_loss, explained_variance, ppo_loss
+from rlhf_lessons.ppo import (
+    aggregate,
+    clip_fraction,
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    policy_ratio,
+    ppo_loss,
+)
 from rlhf_lessons.rollout import (
     Credited,
     Rollout,
     RolloutBatch,
     check_language_model,
     collect,
+    describe,
     policy_outputs,
     ppo_credit,
     reference_logits,
@@ -228,7 +237,7 @@ class Trainer:
     def losses(self, batch: Credited) -> tuple[Tensor, Report]:
         """What is minimised over these rows with the current policy, and its parts: the method's second seam.
 
-        Here the clipped policy loss of a plain language model. Means over the rows' real tokens.
+        Here the clipped policy loss of a plain language model.
         """
         logits = self.response_logits(batch)
         policy_loss, mean_entropy, report = self.policy_losses(action_log_probs(logits, batch.responses), logits, batch)
@@ -241,19 +250,27 @@ class Trainer:
         return reference_logits(self.model, batch.tokens, batch.attention_mask, length=length, temperature=temperature)
 
     def policy_losses(self, log_probs: Tensor, logits: Tensor, batch: Credited) -> tuple[Tensor, Tensor, Report]:
-        """Clipped policy loss, mean entropy, and what is reported of them, from log-probabilities (B, T) and logits."""
-        config, mask = self.config, batch.response_mask
-        policy_loss = clipped_policy_loss(log_probs, batch.log_probs, batch.advantages, mask, clip_eps=config.clip_eps)
+        """Clipped policy loss, mean entropy, and what is reported of them, from log-probabilities (B, T) and logits.
+
+        Losses and entropy are what `config.aggregation` says, what is reported beside them means over real tokens.
+        """
+        config, mask, level = self.config, batch.response_mask, self.config.ratio_level
+        policy_loss = clipped_policy_loss(
+            log_probs, batch.log_probs, batch.advantages, mask, clip_eps=config.clip_range, level=level,
+            **config.aggregation,
+        )  # fmt: skip
         with contextlib.nullcontext() if config.ent_coef > 0 else torch.no_grad():
-            mean_entropy = masked_mean(entropy(logits), mask)
+            entropies = entropy(logits)
+            mean_entropy = aggregate(entropies, mask, **config.aggregation)
         with torch.no_grad():
-            ratio = importance_ratio(log_probs, batch.log_probs)
+            ratio = policy_ratio(log_probs, batch.log_probs, mask, level=level)
+            error = (importance_ratio(log_probs, batch.log_probs) - 1).abs()
             report = {
-                "entropy": mean_entropy,
+                "entropy": masked_mean(entropies, mask),
                 # The samples are the old policy's, so this is KL(old policy ‖ new policy).
                 "approx_kl": masked_mean(sampled_kl(batch.log_probs, log_probs, kind="k3"), mask),
-                "clip_fraction": clip_fraction(ratio, mask, clip_eps=config.clip_eps, advantages=batch.advantages),
-                "ratio_error": masked_mean((ratio - 1).abs(), mask),
+                "clip_fraction": clip_fraction(ratio, mask, clip_eps=config.clip_range, advantages=batch.advantages),
+                "ratio_error": masked_mean(error, mask),
             }
         return policy_loss, mean_entropy, report
 
@@ -271,8 +288,9 @@ class Trainer:
     def _update_on(self, minibatch: Credited) -> tuple[Report, bool]:
         """One optimiser step, and whether it was left out because the target KL was passed.
 
-        Pieces and processes weigh by their tokens: the result is the whole's gradient. Raises FloatingPointError,
-        naming the iteration and leaving the weights as they were, when the loss or its gradient is not finite.
+        Pieces and processes weigh by what the loss is a mean over: the result is the whole's gradient. Raises
+        FloatingPointError, naming the iteration and leaving the weights as they were, when the loss or its gradient is
+        not finite.
         """
         processes, total = self.accelerator.num_processes, minibatch.response_mask.sum()
         pieces = list(self.own(minibatch).minibatches(self.config.micro_batch_size // processes))
@@ -282,10 +300,11 @@ class Trainer:
             with synchronise:
                 with autocast(self.device, self.config.precision):
                     loss, parts = self.losses(piece)
-                share = piece.response_mask.sum() / total
+                tokens = piece.response_mask.sum() / total
+                share = tokens if self.config.loss_over == "tokens" else len(piece) / len(minibatch)
                 self.accelerator.backward(loss * share * processes)
             for name, value in parts.items():
-                report[name] = report.get(name, 0) + value * share
+                report[name] = report.get(name, 0) + value * (share if name.endswith("loss") else tokens)
         values = self.accelerator.reduce(torch.stack(list(report.values())), "sum")
         report = dict(zip(report, values, strict=True))
         report["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
@@ -319,15 +338,8 @@ class Trainer:
 
     def metrics(self, batch: Credited, updates: Updates) -> dict[str, float]:
         """Means over the batch and over the optimiser steps, read from the device in one go."""
-        sequence_kl = sampled_kl(batch.log_probs, batch.ref_log_probs, kind="k1").sum(dim=1)
-        measured = {
-            "score": batch.scores.mean(),
-            "kl": sequence_kl.mean(),
-            **self.measures(batch),
-            "response_length": batch.response_mask.sum(dim=1).float().mean(),
-            "ended": batch.ended.float().mean(),
-            "first_ratio_error": updates.reports[0]["ratio_error"],
-        }
+        first = {"first_ratio_error": updates.reports[0]["ratio_error"]}
+        measured = describe(batch) | self.measures(batch) | first
         for name in (name for name in updates.reports[0] if name != "ratio_error"):
             of = updates.reports[: updates.steps or 1] if name == "grad_norm" else updates.reports
             measured[name] = torch.stack([report[name] for report in of]).mean()

@@ -8,9 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_lessons.config import PRESETS, GroupConfig, PPOConfig, PretrainConfig, RewardConfig, Settings, TrainerConfig
+from rlhf_lessons.config import (
+    METHODS,
+    PRESETS,
+    BestOfNConfig,
+    DPOConfig,
+    GRPOConfig,
+    PPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    RLOOConfig,
+    Settings,
+    TrainerConfig,
+    make_settings,
+)
 
-CONFIGS = (TrainerConfig, PPOConfig, GroupConfig, PretrainConfig, RewardConfig)
+CONFIGS = (TrainerConfig, PPOConfig, RLOOConfig, GRPOConfig, DPOConfig, BestOfNConfig, PretrainConfig, RewardConfig)
 FIELDS = [(config, item) for config in CONFIGS for item in fields(config)]
 WRONG = {  # type of a default -> what a file or a careless caller may put in its place
     int: ["8", "1e3", 8.0, True, None, [8], math.nan, math.inf, np.float32(8), torch.tensor([8]), 1j],
@@ -36,10 +49,25 @@ def test_sizes_are_checked_when_made(config, settings, message):
         config(**settings)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_leave_a_response_room_for_its_prompt(preset):
-    settings = PRESETS[preset]
-    assert settings.pretrain.context > settings.ppo.max_new_tokens + 8
+def test_presets_leave_a_response_room_for_its_prompt(preset, method):
+    settings = make_settings(method, PRESETS[preset])
+    assert settings.pretrain.context > settings.method.max_new_tokens + 8
+    assert type(settings.method) is METHODS[method]
+
+
+def test_what_is_given_reaches_every_section_that_has_it_and_no_other():
+    settings = make_settings("grpo", {"batch_size": 64, "width": 96, "gamma": 0.5, "reward_epochs": 2.0})
+    assert (settings.method.batch_size, settings.pretrain.width, settings.reward.reward_epochs) == (64, 96, 2.0)
+    assert not hasattr(settings.method, "gamma"), "the critic's, of which GRPO has none"
+    assert make_settings() == Settings()
+
+
+def test_names_of_settings_are_different_so_that_an_option_means_one():
+    for kind in METHODS.values():
+        names = [item.name for section in (PretrainConfig, RewardConfig, kind) for item in fields(section)]
+        assert len(names) == len({*names})
 
 
 @pytest.mark.parametrize(("config", "item"), FIELDS, ids=lambda x: getattr(x, "name", getattr(x, "__name__", None)))
@@ -63,10 +91,10 @@ def test_a_scalar_of_another_library_is_the_number_that_it_holds(config, item):
         json.dumps(asdict(made))
 
 
-@pytest.mark.parametrize("section", ["pretrain", "reward", "ppo"])
+@pytest.mark.parametrize("section", ["pretrain", "reward", "method"])
 def test_a_run_s_settings_are_of_their_kinds(section):
-    kind = type(getattr(Settings(), section)).__name__
-    for wrong in (None, {}, TrainerConfig()):
+    kind = {"method": "SamplingConfig"}.get(section, type(getattr(Settings(), section)).__name__)
+    for wrong in (None, {}, Settings()):
         with pytest.raises(ValueError, match=f"^{section} must be a {kind}; got "):
             Settings(**{section: wrong})
 
@@ -77,12 +105,12 @@ def test_a_run_s_settings_are_of_their_kinds(section):
         # β falls by a fifth of batch_size / horizon at most: it must stay positive
         (PPOConfig, dict(adaptive_kl_horizon=25), "adaptive_kl_horizon must be more than a fifth of batch_size = 128"),
         (PPOConfig, dict(batch_size=40, minibatch_size=8, adaptive_kl_horizon=8), "adaptive_kl_horizon must be more"),
-        (GroupConfig, dict(adaptive_kl_horizon=1), "adaptive_kl_horizon must be more than a fifth of batch_size = 128"),
+        (GRPOConfig, dict(adaptive_kl_horizon=1), "adaptive_kl_horizon must be more than a fifth of batch_size = 128"),
         # before an iteration's only step there is no KL to pass
         (PPOConfig, dict(target_kl=0.1, ppo_epochs=1, minibatch_size=128), "target_kl must be None where an iteration"),
         (PPOConfig, dict(batch_size=4, minibatch_size=4, whiten_advantages=False, normalize_scores=True),
          "batch_size must be at least 8 to scale scores; got 4"),
-        (GroupConfig, dict(samples_per_prompt=1), "samples_per_prompt must be a whole number >= 2; got 1"),
+        (GRPOConfig, dict(samples_per_prompt=1), "samples_per_prompt must be a whole number >= 2; got 1"),
         (TrainerConfig, dict(seed=2**63), r"seed must be a whole number >= 0 and below 2\*\*63; got 922"),
     ],
 )  # fmt: skip

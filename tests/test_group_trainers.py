@@ -7,7 +7,8 @@ import torch
 from conftest import PROMPTS, count_good, tiny_lm, tiny_policy, word_tokenizer
 
 from rlhf_lessons import tiny_reviews
-from rlhf_lessons.config import GroupConfig, PPOConfig, TrainerConfig
+from rlhf_lessons.config import METHODS as CONFIGS
+from rlhf_lessons.config import GRPOConfig, PPOConfig, RLOOConfig, TrainerConfig
 from rlhf_lessons.group_trainers import GRPOTrainer, RLOOTrainer
 from rlhf_lessons.kl import sampled_kl
 from rlhf_lessons.masking import masked_mean
@@ -24,7 +25,7 @@ def make(method="rloo", *, critic="shared", **settings):
     """A trainer on tiny random models, four responses to each prompt where the method compares them."""
     group = method != "ppo"
     policy = tiny_lm() if group else tiny_policy(critic=critic, head=0.1)
-    config = (GroupConfig if group else PPOConfig)(**(SMALL | (dict(samples_per_prompt=4) if group else {}) | settings))
+    config = CONFIGS[method](**(SMALL | (dict(samples_per_prompt=4) if group else {}) | settings))
     return METHODS[method](config, policy, tiny_lm(seed=1), count_good, PROMPTS, word_tokenizer())
 
 
@@ -59,10 +60,13 @@ def test_sizes_that_do_not_fit_are_refused(settings, message):
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
-@pytest.mark.parametrize("kind", [PPOConfig, TrainerConfig])
-def test_a_config_without_groups_is_refused(method, kind):
-    """Its groups could be of one, who has nobody to be compared with."""
-    with pytest.raises(ValueError, match=f"config must be a GroupConfig; got '{kind.__name__}'"):
+@pytest.mark.parametrize("kind", [PPOConfig, TrainerConfig, RLOOConfig, GRPOConfig])
+def test_another_method_s_config_is_refused(method, kind):
+    """Its groups could be of one, who has nobody to be compared with, or its switches stay unread."""
+    own = CONFIGS[method]
+    if kind is own:
+        return
+    with pytest.raises(ValueError, match=f"config must be a {own.__name__}; got '{kind.__name__}'"):
         METHODS[method](kind(device="cpu"), tiny_lm(), tiny_lm(seed=1), count_good, PROMPTS, word_tokenizer())
 
 
@@ -191,7 +195,7 @@ def test_optimiser_and_schedule_can_be_given():
     policy = tiny_lm()
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 0.5**done)
-    config = GroupConfig(**SMALL, samples_per_prompt=4)
+    config = GRPOConfig(**SMALL, samples_per_prompt=4)
     arguments = (config, policy, tiny_lm(seed=1), count_good, PROMPTS, word_tokenizer())
     history = RLOOTrainer(*arguments, optimizer=optimizer, scheduler=scheduler).train()
     assert [metrics["learning_rate"] for metrics in history] == [0.5, 0.25, 0.125, 0.0625]
@@ -207,7 +211,7 @@ def test_a_run_raises_the_gold_reward_that_nobody_trains_on(method):
     """12 iterations of 64 responses; mean of the last three against the first, 0.45 at least (seen: 0.8 to 1.3)."""
     tokenizer = load_tokenizer(ASSETS / "base")
     prompts = tiny_reviews.prompts(500, torch.Generator().manual_seed(0))
-    config = GroupConfig(
+    config = GRPOConfig(
         num_iterations=12, batch_size=64, minibatch_size=32, samples_per_prompt=4, ppo_epochs=2, device="cpu",
         kl_coef=0.05 if method == "rloo" else 0.02,
     )  # fmt: skip

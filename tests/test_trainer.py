@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_lessons import fitting
-from rlhf_lessons.config import GroupConfig, TrainerConfig
+from rlhf_lessons.config import GRPOConfig, TrainerConfig
 from rlhf_lessons.data import encode_prompt, encode_response
 from rlhf_lessons.device import autocast, gather_rows, make_accelerator
 from rlhf_lessons.models import RewardModel
@@ -629,7 +629,7 @@ def test_what_stands_in_the_padding_is_nobody_s_fact(make_trainer):
 
 
 def test_a_config_of_another_method_is_refused(make_policy, make_lm, tokenizer):
-    for config in (TrainerConfig(device="cpu"), GroupConfig(device="cpu"), dict(device="cpu")):
+    for config in (TrainerConfig(device="cpu"), GRPOConfig(device="cpu"), dict(device="cpu")):
         with pytest.raises(ValueError, match=f"config must be a PPOConfig; got '{type(config).__name__}'"):
             PPOTrainer(config, make_policy(), make_lm(seed=1), lambda p, r: [0.0] * len(r), ["film"], tokenizer)
 
@@ -965,13 +965,13 @@ def small_trainers():
     """PPO and GRPO with much to go wrong: adaptive β, pieces, an early stop, rows that end at different steps."""
     from conftest import PROMPTS, count_good, tiny_lm, tiny_trainer, word_tokenizer
 
-    from rlhf_lessons.config import GroupConfig
+    from rlhf_lessons.config import GRPOConfig
     from rlhf_lessons.group_trainers import GRPOTrainer
 
     sizes = dict(batch_size=16, minibatch_size=8, gradient_accumulation_steps=2, ppo_epochs=2, max_new_tokens=6)
     shared = sizes | dict(target_kl=100.0, learning_rate=1e-3, device="cpu")
     yield "ppo", tiny_trainer(**shared, normalize_scores=True, adaptive_kl_target=1.0, adaptive_kl_horizon=100)
-    config = GroupConfig(**shared, samples_per_prompt=4)
+    config = GRPOConfig(**shared, samples_per_prompt=4)
     yield "grpo", GRPOTrainer(config, tiny_lm(), tiny_lm(seed=1), count_good, PROMPTS, word_tokenizer())
 
 

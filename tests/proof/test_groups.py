@@ -19,7 +19,6 @@ from proof.language_model import (
     spread,
     texts,
 )
-from rlhf_lessons.config import GroupConfig
 from rlhf_lessons.exact import optimal_policy
 from rlhf_lessons.group_trainers import GRPOTrainer, RLOOTrainer
 from rlhf_lessons.rollout import Rollout, response_log_probs
@@ -33,7 +32,7 @@ def trainer_for(method, *, dtype=torch.float32, moved=0.0, **settings):
     defaults = dict(max_new_tokens=3, missing_eos_penalty=0.0, kl_coef=BETA, samples_per_prompt=2, device="cpu")
     reference = reference_model(dtype=dtype)
     policy = spread(copy.deepcopy(reference), moved, seed=1)
-    return method(GroupConfig(**(defaults | settings)), policy, reference, score, PROMPTS, four_token_tokenizer())
+    return method(method.settings(**(defaults | settings)), policy, reference, score, PROMPTS, four_token_tokenizer())
 
 
 @torch.no_grad()
