@@ -257,7 +257,7 @@ gradient_through_return = Check(
             "half the bonus",
             lambda lp, scores, *, bonus: surprise_terms(lp, scores - bonus / 2 * lp.sum(1)),
             "The policy would settle where it should, since the gradient through half the bonus doubles it. But the "
-            "loss has another value now: of a return that nobody was paid. Leave the bonus, and hold the return constant.",
+            "loss has another value now, of a return that nobody was paid. Leave the bonus; hold the return constant.",
         ),
         Wrong(
             "only the bonuses to come",
@@ -270,7 +270,7 @@ gradient_through_return = Check(
         Wrong(
             "the bonus beside the return",
             lambda lp, scores, *, bonus: surprise_terms(lp, scores) + bonus * lp.sum(1).mean(),
-            "The bonus has become a term of its own. The gradient of Σ log π averages to 0, so that it pays for nothing. "
+            "The bonus has become a term of its own. The gradient of Σ log π averages to 0, so it pays for nothing. "
             "The bonus belongs in the return, as a number.",
         ),
         Wrong(
