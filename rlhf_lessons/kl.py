@@ -81,7 +81,7 @@ def sequence_kl_loss(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor | No
     log_probs, ref_log_probs, mask (B, T) of texts that the policy drew -> (). E[∇L] = ∇KL(π(y|x) ‖ π_ref(y|x)): what
     k1 in the reward gives, with each token charged for the tolls that it can still influence. Raises ValueError for
     unequal shapes.
-    Source: Schulman, Chen & Abbeel 2017, "Equivalence between policy gradients and soft Q-learning", §2.2.
+    Source: Tang & Munos 2025, "On a few pitfalls in KL divergence gradient estimation for RL".
     """
     tolls = reward_to_go(sampled_kl(log_probs, ref_log_probs, kind="k1").detach(), mask, gamma=1.0)
     return policy_gradient_loss(log_probs, -tolls, mask)

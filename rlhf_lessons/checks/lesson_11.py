@@ -236,8 +236,8 @@ def other_way_cases() -> list[Case]:
         return Case(says, {name: draw.normal(tokens, scale=scale) for name in ("logits", "ref_logits")})
 
     return [
-        case("two tokens, close to the reference", d, 2, 0.2),
-        case("three tokens", d, 3, 1.0),
+        case("three tokens, close to the reference", d, 3, 0.2),
+        case("four tokens", d, 4, 1.0),
         case("six tokens, far from the reference", d, 6, 2.0),
         case("float32", single, 4, 1.0),
     ]

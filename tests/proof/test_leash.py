@@ -133,14 +133,13 @@ def test_ratio_times_k3(claim):
 
 
 def test_the_order_is_the_world_s(claim):
-    far = {kind: [x.far(x.as_loss(x.per_token(kind))) for x in WORLDS] for kind in ("k2", "k3")}
-    in_reward = [x.far(x.in_reward(x.per_token("k3"))) for x in WORLDS]
-    text = "k2 per token as a loss is furthest off in one world, and nearly right in another"
-    claim.decreasing("leash.order", text, {"one world": max(far["k2"]), "another": min(far["k2"])}, 0.3)
-    better = [k3 < k2 for k2, k3 in zip(far["k2"], far["k3"], strict=True)]
-    nearer = [reward < loss for reward, loss in zip(in_reward, far["k3"], strict=True)]
-    assert min(in_reward) > 0.1
-    print("k2", far["k2"], "k3", far["k3"], "k3 reward", in_reward, better, nearer)
+    far = []
+    for x in (Leashed(3, 3, seed=0), Leashed(3, 3, seed=17)):
+        far.append({"k2 as a loss": x.far(x.as_loss(x.per_token("k2"))),
+                    "k3 in the reward": x.far(x.in_reward(x.per_token("k3")))})  # fmt: skip
+    text = "k3 in the reward is further from ∇KL of texts than k2 per token as a loss in one world"
+    claim.decreasing("leash.order", text, {name: far[0][name] for name in ("k3 in the reward", "k2 as a loss")}, 0.1)
+    claim.decreasing("leash.other_order", "and nearer in another", far[1], 0.1)
 
 
 # --- A peer: TRL's `use_bias_correction_kl` -----------------------------------------------------
