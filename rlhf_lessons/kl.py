@@ -83,8 +83,8 @@ def sequence_kl_loss(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor | No
     unequal shapes.
     Source: Tang & Munos 2025, "On a few pitfalls in KL divergence gradient estimation for RL".
     """
-    tolls = reward_to_go(sampled_kl(log_probs, ref_log_probs, kind="k1").detach(), mask, gamma=1.0)
-    return policy_gradient_loss(log_probs, -tolls, mask)
+    tolls = reward_to_go(sampled_kl(log_probs, ref_log_probs, kind="k1"), mask, gamma=1.0)
+    return policy_gradient_loss(log_probs, -tolls, mask)  # which holds its weights constant
 
 
 class FixedKL:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_checks import hint_of, known
+from test_checks import FUNCTION_CHECKS, hint_of, known
 
 from rlhf_lessons import checks, kl
-from rlhf_lessons.exact import sequence_kl
 from rlhf_lessons.checks.lesson_11 import kl_loss_cases, small_world
+from rlhf_lessons.exact import sequence_kl
 
 CHECKS = {"kl_loss": checks.kl_loss, "other_way": checks.other_way}
 WRONG = [(name, wrong) for name, check in CHECKS.items() for wrong in check.wrong]
@@ -84,7 +84,21 @@ def test_known_wrong_answers_get_their_own_hint(name, wrong):
 
 
 def test_no_two_hints_are_alike():
-    assert len({wrong.hint for _, wrong in WRONG}) == len(WRONG)
+    hints = [wrong.hint for _, wrong in WRONG] + [wrong.hint for c in FUNCTION_CHECKS.values() for wrong in c.wrong]
+    assert len(set(hints)) == len(hints)
+
+
+def test_the_hunted_function_gets_the_hint_of_its_bug():
+    def leash(log_probs, ref_log_probs):
+        log_ratio = ref_log_probs - log_probs
+        return log_ratio.exp() - log_ratio - 1
+
+    assert hint_of(checks.other_way, leash) == known(checks.other_way, "k3, its tokens held")
+
+
+def test_what_the_learners_code_raises_is_reported():
+    for check in CHECKS.values():
+        assert "raised TypeError" in hint_of(check, lambda log_probs: log_probs)
 
 
 @pytest.mark.parametrize("name", CHECKS)

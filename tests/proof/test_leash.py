@@ -11,8 +11,6 @@ from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import exact_kl, sampled_kl, sequence_kl_loss
 from rlhf_lessons.policy_gradient import reward_to_go
 
-KINDS = ("k1", "k2", "k3")
-NAMED = {"k1": "zero", "k2": "exact", "k3": "reversed"}  # of a text's log ratio, as a loss
 
 
 class Leashed:
@@ -93,7 +91,8 @@ def test_wrong_places(claim):
     text = "nor is each state's exact KL as a loss: it is not the sampling that is at fault"
     claim.biased("leash.exact_loss", text, EXACT, obtained, 0.01)
     per_token = [x.as_loss(x.per_token("k2")) for x in WORLDS]
-    claim.equal("leash.k2_loss_is", "k2 per token as a loss has the gradient of the states' exact KL", obtained, per_token)
+    text = "k2 per token as a loss has the gradient of the states' exact KL"
+    claim.equal("leash.k2_loss_is", text, obtained, per_token)
     own = [-expected_gradient(x.w, -x.per_token("k1").detach()) for x in WORLDS]
     text = "and of k1 in the reward where each token is charged its own toll only"
     claim.equal("leash.k2_own_toll", text, per_token, own)
@@ -101,7 +100,7 @@ def test_wrong_places(claim):
 
 @pytest.mark.equation("8.2")
 def test_two_halves(claim):
-    # ∇E_π[k] = E[k ∇log π(y)] + E[∇k]: the toll's half and the loss's. k's mean is the KL at every θ, so the sum is ∇KL.
+    # ∇E_π[k] = E[k ∇log π(y)] + E[∇k], the toll's half and the loss's. Where k's mean is the KL at every θ, it is ∇KL.
     for kind in ("k1", "k3"):
         halves = [x.in_reward(x.per_token(kind)) + x.as_loss(x.per_token(kind)) for x in WORLDS]
         text = f"{kind} in the reward and as a loss, both at once: ∇KL(π‖π_ref) of texts"
