@@ -256,10 +256,10 @@ other_way = Check(
     adapt=expected_token_gradient,
     outputs=("the expected gradient",),
     explains=(
-        "k3's mean is KL(π‖π_ref), so the number in the log was right at every step, and the loss went down. Its "
-        "gradient with the tokens held is that of KL(π_ref‖π), and a policy follows gradients, not values. The two "
-        "differ most where π is far above π_ref: there the right pull grows with d, while k3's, 1 − exp(−d), never "
-        "exceeds 1. So the favourite token went further up than π* allows. No curve shows it; comparing an expected "
+        "k3's mean is KL(π‖π_ref), so the number in the log was right all along. Its gradient with the tokens held is "
+        "that of KL(π_ref‖π), and a policy follows gradients, not values. The two differ most where π is far above "
+        "π_ref: there the right pull grows with d, while k3's, 1 − exp(−d), never exceeds 1. So the favourite token, "
+        "0.01 under the reference, went up to 0.54, where π* has 0.08. No curve shows it; comparing an expected "
         "gradient with an exact one in a state that can be listed does."
     ),
     wrong=(
