@@ -12,7 +12,6 @@ from rlhf_lessons.kl import exact_kl, sampled_kl, sequence_kl_loss
 from rlhf_lessons.policy_gradient import reward_to_go
 
 
-
 class Leashed:
     """A small language model, a reference at some distance, and the gradients of the leash in all its places."""
 
