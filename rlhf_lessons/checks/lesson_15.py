@@ -240,8 +240,9 @@ own_question = Check(
     adapt=verdict,
     explains=(
         "The fault took the numbers to add from the text as a whole, and of several sums the last one. So the policy "
-        "could set itself a question: 0 + 0 = 0 was right, whatever had been asked. On what the base model says the "
-        "two checkers agree, and a test made of such answers finds nothing. What the task is has to come from where the "
+        "could set itself a question: 0 + 0 = 0 was right, whatever had been asked. On nearly all that the base model "
+        "says the two checkers agree; in the lesson two of 7,904 answers told them apart, 6 + 3 = 1 = 4 for one, and a "
+        "policy needs no more to begin with. What is asked has to come from where the "
         "policy cannot write. In a log, the score climbs to 1 and the responses become longer, while pass@1 by another "
         "checker falls: read the texts."
     ),
