@@ -20,8 +20,9 @@ import torch
 
 import rlhf_lessons
 from rlhf_lessons import plots, tiny_reviews, tiny_sums
+from rlhf_lessons.app.align import TITLES
 from rlhf_lessons.app.run_folder import mean_of_last, read_metrics, summary_table
-from rlhf_lessons.config import GRPOConfig, PPOConfig
+from rlhf_lessons.config import METHODS, GRPOConfig, PPOConfig
 from rlhf_lessons.data import encode_prompt, pad
 from rlhf_lessons.device import use_threads
 from rlhf_lessons.fitting import annotated_preferences, fit_language_model, language_model_loss
@@ -58,6 +59,7 @@ TOLERANCES = {
 RECORDED_FILES = ("config.json", "metrics.jsonl", "summary.json", "samples.md")
 KL_COEFS = (0.0, 0.02, 0.05, 0.1, 0.2)
 SEEDS = (0, 1, 2)
+OTHERS = tuple(method for method in METHODS if method != "ppo")
 ABLATION = {  # what is changed of PPO's default settings, one thing at a time but for one pair
     "default settings": {},
     "constant learning rate": {"lr_schedule": "constant"},
@@ -160,6 +162,16 @@ def rebuild_assets(folder: Path) -> None:
         raise ValueError(f"the models rebuilt in {folder} do not behave as the shipped ones")
 
 
+def method_name(method: str, seed: int) -> str:
+    """The folder of a recorded run by another method than PPO."""
+    return f"{method}-seed{seed}"
+
+
+def method_words(method: str, seed: int) -> list[str]:
+    """What is typed for it: that method's default settings."""
+    return ["run", "--method", method, "--seed", str(seed)]
+
+
 def run_name(kl_coef: float, seed: int) -> str:
     """The folder of a recorded run."""
     return f"kl{kl_coef:g}-seed{seed}"
@@ -170,15 +182,22 @@ def run_words(kl_coef: float, seed: int) -> list[str]:
     return ["run", "--kl-coef", f"{kl_coef:g}", "--seed", str(seed)]
 
 
-def record_runs(folder: Path, kl_coefs: tuple[float, ...] = KL_COEFS, seeds: tuple[int, ...] = SEEDS) -> None:
-    """A run for each β and seed; its settings, metrics and samples are kept, finished runs left as they are."""
+def record_runs(
+    folder: Path, kl_coefs: tuple[float, ...] = KL_COEFS, seeds: tuple[int, ...] = SEEDS,
+    methods: tuple[str, ...] = OTHERS,
+) -> None:  # fmt: skip
+    """A run for each seed and each β of PPO's, and by each other method; finished ones are left as they are.
+
+    Of a run its settings, metrics, summary and samples are kept.
+    """
     for seed in seeds:
-        for kl_coef in kl_coefs:
-            name = run_name(kl_coef, seed)
+        asked = {run_name(kl_coef, seed): run_words(kl_coef, seed) for kl_coef in kl_coefs}
+        asked |= {method_name(method, seed): method_words(method, seed) for method in methods}
+        for name, words in asked.items():
             if (folder / name / "summary.json").exists():
                 continue
             with tempfile.TemporaryDirectory() as scratch:
-                type_in(Path(scratch), *run_words(kl_coef, seed), "--out", name)
+                type_in(Path(scratch), *words, "--out", name)
                 (folder / name).mkdir(parents=True, exist_ok=True)
                 for file in RECORDED_FILES:
                     shutil.copy(Path(scratch, name, file), folder / name / file)
@@ -194,6 +213,9 @@ def draw_figures(folder: Path, runs: Path) -> None:
     plots.save(
         plots.overoptimisation({f"β = {b:g}": rows for b, rows in recorded.items()}), folder / "overoptimisation.png"
     )
+    methods = {"PPO": recorded[beta]}
+    methods |= {TITLES[m]: [read_metrics(runs / method_name(m, seed)) for seed in SEEDS] for m in OTHERS}
+    plots.save(plots.overoptimisation(methods, rewards=("gold",)), folder / "methods.png")
     plots.save(plots.four_models(), folder / "four_models.png")
     plots.save(plots.clip_regions(), folder / "clip_regions.png")
 
@@ -203,7 +225,9 @@ def figures(folder: Path) -> None:
     runs = folder / "runs"
     record_runs(runs)
     draw_figures(folder, runs)
-    print(summary_table([runs / run_name(b, seed) for b in (PPOConfig().kl_coef, 0.0) for seed in SEEDS]))
+    shown = [run_name(b, seed) for b in (PPOConfig().kl_coef, 0.0) for seed in SEEDS]
+    shown += [method_name(method, seed) for method in OTHERS for seed in SEEDS]
+    print(summary_table([runs / name for name in shown]))
 
 
 def ablation_run(seed: int, changes: dict) -> dict[str, float]:

@@ -196,15 +196,21 @@ def text_log_probs(
         raise ValueError("prompts must hold at least one prompt; got none")
     asked = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     given = [encode_response(tokenizer, *pair) for pair in zip(prompts, responses, strict=True)]
-    totals = []
-    for start in range(0, len(asked), batch_size):
-        pairs = list(zip(asked[start : start + batch_size], given[start : start + batch_size], strict=True))
-        tokens, mask = (x.to(lm.device) for x in pad([a + b for a, b in pairs], tokenizer.pad_token_id, side="right"))
-        logits = at_temperature(causal_lm_logits(lm, tokens[:, :-1], mask[:, :-1]), temperature)
-        first = torch.tensor([len(a) for a, _ in pairs], device=lm.device)[:, None]
-        is_response = mask[:, 1:] & (torch.arange(1, tokens.shape[1], device=lm.device) >= first)
-        totals.append(torch.where(is_response, action_log_probs(logits, tokens[:, 1:]), 0).sum(dim=1).cpu())
-    return torch.cat(totals)
+    some = [slice(start, start + batch_size) for start in range(0, len(asked), batch_size)]
+    options = dict(pad_id=tokenizer.pad_token_id, temperature=temperature)
+    return torch.cat([ids_log_probs(lm, asked[rows], given[rows], **options).cpu() for rows in some])
+
+
+def ids_log_probs(
+    lm: nn.Module, prompts: list[list[int]], responses: list[list[int]], *, pad_id: int, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability (N,) of each response, given as token ids, after its prompt; gradients flow to the model."""
+    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    tokens, mask = (x.to(lm.device) for x in pad(texts, pad_id, side="right"))
+    logits = at_temperature(causal_lm_logits(lm, tokens[:, :-1], mask[:, :-1]), temperature)
+    first = torch.tensor([len(prompt) for prompt in prompts], device=lm.device)[:, None]
+    is_response = mask[:, 1:] & (torch.arange(1, tokens.shape[1], device=lm.device) >= first)
+    return torch.where(is_response, action_log_probs(logits, tokens[:, 1:]), 0).sum(dim=1)
 
 
 def pass_at_k(correct: Tensor, k: int) -> Tensor:

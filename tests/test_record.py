@@ -1,6 +1,7 @@
 """What is shipped and committed: the tiny world's models, the recorded runs, and the table of them."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict
@@ -62,19 +63,27 @@ def settings_of(words):
     return {name: value for section in sections.values() for name, value in section.items()}
 
 
-@pytest.mark.parametrize("kl_coef", record.KL_COEFS)
-@pytest.mark.parametrize("seed", record.SEEDS)
-def test_recorded_runs_were_made_with_the_settings_of_today(kl_coef, seed):
-    folder, today = RUNS / record.run_name(kl_coef, seed), settings_of(record.run_words(kl_coef, seed))
+RECORDED = {record.run_name(b, seed): record.run_words(b, seed) for b in record.KL_COEFS for seed in record.SEEDS} | {
+    record.method_name(m, seed): record.method_words(m, seed) for m in record.OTHERS for seed in record.SEEDS
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_runs_were_made_with_the_settings_of_today(name):
+    folder, today = RUNS / name, settings_of(RECORDED[name])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     sections = [section for name, section in config.items() if isinstance(section, dict) and name != "made_by"]
     recorded = {name: value for section in sections for name, value in section.items()}
     assert recorded == recorded | today and config["threads"] == 1
-    assert len(read_metrics(folder)) == today["num_iterations"]
+    assert len(read_metrics(folder)) == (
+        today["num_iterations"] if "num_iterations" in today else 1 + math.log2(today["n"])
+    )
 
 
 def test_the_page_of_figures_says_what_was_recorded():
-    rows = summary_table([RUNS / record.run_name(b, seed) for b in (BETA, 0.0) for seed in record.SEEDS]).splitlines()
+    shown = [record.run_name(b, seed) for b in (BETA, 0.0) for seed in record.SEEDS]
+    shown += [record.method_name(method, seed) for method in record.OTHERS for seed in record.SEEDS]
+    rows = summary_table([RUNS / name for name in shown]).splitlines()
     page = (ROOT / "figures" / "README.md").read_text(encoding="utf-8").replace("−", "-")
     for row in rows[2:]:
         assert row.split("|", 2)[2].strip() in page, row
@@ -89,7 +98,7 @@ def test_a_run_is_recorded_by_the_command_that_it_names(monkeypatch, tmp_path):
     short = "--num-iterations 1 --batch-size 8 --minibatch-size 8 --num-preferences 16 --device cpu".split()
     type_in = record.type_in
     monkeypatch.setattr(record, "type_in", lambda folder, *words: type_in(folder, *words, *short))
-    record.record_runs(tmp_path, kl_coefs=(0.5,), seeds=(9,))
+    record.record_runs(tmp_path, kl_coefs=(0.5,), seeds=(9,), methods=())
     made = tmp_path / "kl0.5-seed9"
     assert {path.name for path in made.iterdir()} == set(record.RECORDED_FILES)
     config = json.loads((made / "config.json").read_text(encoding="utf-8"))
@@ -169,7 +178,7 @@ def test_finished_runs_are_left_as_they_are(tmp_path):
     for name in ("summary.json", "metrics.jsonl"):
         (tmp_path / "kl0.5-seed9").mkdir(exist_ok=True)
         (tmp_path / "kl0.5-seed9" / name).write_text("kept")
-    record.record_runs(tmp_path, kl_coefs=(0.5,), seeds=(9,))
+    record.record_runs(tmp_path, kl_coefs=(0.5,), seeds=(9,), methods=())
     assert (tmp_path / "kl0.5-seed9" / "summary.json").read_text() == "kept"
 
 

@@ -1,13 +1,21 @@
 """What a scorer is given: the texts that were sampled, their columns, and an EOS where one was sampled."""
 
 import inspect
+import itertools
 
 import pytest
 import torch
 
 from rlhf_lessons.data import pad
-from rlhf_lessons.generation import Samples, sample_responses
-from rlhf_lessons.scoring import TextScorer, pass_at_k, preference_accuracy, score_texts, text_log_probs
+from rlhf_lessons.generation import Samples, best_of_n, sample_responses
+from rlhf_lessons.scoring import (
+    TextScorer,
+    best_of_mean,
+    pass_at_k,
+    preference_accuracy,
+    score_texts,
+    text_log_probs,
+)
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -109,6 +117,51 @@ def test_equal_scores_are_right_half_the_time(make_reward_model, tokenizer):
     turned = apart | {"chosen": apart["rejected"], "rejected": apart["chosen"]}
     assert preference_accuracy(model, [apart, turned, equal], tokenizer) == 0.5
     assert {preference_accuracy(model, [pair], tokenizer) for pair in (apart, turned)} == {0, 1}
+
+
+# --- Best of n --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", range(1, 6))
+def test_no_sample_is_wasted(n):
+    """The mean over all ways to pick n of five, two of them equal in score."""
+    scores = torch.tensor([[0.3, 2.0, -1.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    values = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = []
+    for row in range(2):
+        kept = []
+        for picked in itertools.combinations(range(5), n):
+            best = max(scores[row, i].item() for i in picked)
+            of = [values[row, i].item() for i in picked if scores[row, i] == best]
+            kept.append(sum(of) / len(of))
+        expected.append(sum(kept) / len(kept))
+    assert best_of_mean(scores, values, n).tolist() == pytest.approx(expected)
+
+
+def test_many_samples_lose_no_precision():
+    """Ranks as values: the mean of the highest of n of m is n(m + 1)/(n + 1)."""
+    ranks = torch.arange(1.0, 1025.0)[None]
+    for n in (1, 2, 64, 1000, 1024):
+        assert best_of_mean(ranks, ranks, n).item() == pytest.approx(n * 1025 / (n + 1), rel=1e-5)
+
+
+def test_more_than_there_are_cannot_be_picked():
+    for n in (0, 4):
+        with pytest.raises(
+            ValueError, match=f"n must be a whole number between 1 and the 3 samples of a prompt; got {n}"
+        ):
+            best_of_mean(torch.zeros(2, 3), torch.zeros(2, 3), n)
+    with pytest.raises(ValueError, match="values must have the shape of scores"):
+        best_of_mean(torch.zeros(2, 3), torch.zeros(2, 4), 1)
+
+
+def test_the_best_of_each_draw_is_kept_and_the_first_of_equals():
+    samples = samples_of([[BOS]] * 6, [[4, EOS], [5, EOS], [6, EOS], [7, EOS], [4, EOS], [5, EOS]])
+    samples = type(samples)(**vars(samples) | {"group": torch.tensor([3, 3, 1, 1, 1, 2])})
+    kept = best_of_n(samples, torch.tensor([0.0, 1.0, 5.0, 2.0, 5.0, -9.0]))
+    assert kept.responses[:, 0].tolist() == [6, 5, 5] and kept.group.tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"scores must be \(B,\) = \(6,\); got \(5,\)"):
+        best_of_n(samples, torch.zeros(5))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -18,6 +18,7 @@ from rlhf_lessons.checks.lesson_07 import clipped_policy_loss, max_for_min
 from rlhf_lessons.checks.lesson_08 import late_score, sampled_kl, shaped_rewards
 from rlhf_lessons.checks.lesson_09 import left_padding, value_head
 from rlhf_lessons.checks.lesson_10 import aligned_by_you, diagnose, faulty_runs, healthy_run
+from rlhf_lessons.checks.lesson_11 import kl_loss, other_way
 from rlhf_lessons.checks.lesson_15 import is_right, own_question
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "healthy_run",
     "importance_ratio",
     "is_right",
+    "kl_loss",
     "last_real_token",
     "late_score",
     "left_padding",
@@ -43,6 +45,7 @@ __all__ = [
     "my_losses",
     "my_step",
     "next_episode",
+    "other_way",
     "own_question",
     "peeking_baseline",
     "policy_gradient_loss",

@@ -156,7 +156,7 @@ def training_curves(runs: Runs, *, metrics: Sequence[str] | None = None, band: s
             axis_label, concept = METRICS.get(name, (name.replace("_", " "), "neutral"))
             style = styles.get(label) or concept_style(concept)
             draw_band(ax, *series[label, name], style, label or axis_label, band)
-        ax.set(xlabel="PPO iteration", ylabel="reward" if len(panel) > 1 else axis_label)
+        ax.set(xlabel="iteration", ylabel="reward" if len(panel) > 1 else axis_label)
         if len(panel) > 1:
             ax.legend()
     if len(runs) > 1:
@@ -189,7 +189,7 @@ def proxy_and_gold(runs: Runs, *, band: str = "minmax") -> Figure:
                 raise ValueError(f"runs must have rows with {name!r}; got none in run {label!r}")
             axis_label, concept = METRICS[name]
             draw_band(ax, *measured, concept_style(concept), axis_label, band)
-        ax.set(xlabel="PPO iteration", title=label)
+        ax.set(xlabel="iteration", title=label)
     axes[0, 0].set_ylabel("reward")
     axes[0, 0].legend()
     return figure
@@ -202,22 +202,25 @@ def draw_cloud(ax: Axes, x: np.ndarray, y: np.ndarray, style: dict, label: str) 
     ax.plot(x[-1], y[-1], markersize=9, markeredgecolor="white", label=label, zorder=5, **look)
 
 
-def overoptimisation(runs: Runs, *, x: str = "sqrt_kl", band: str = "minmax") -> Figure:
+def overoptimisation(
+    runs: Runs, *, x: str = "sqrt_kl", band: str = "minmax", rewards: Sequence[str] = ("score", "gold")
+) -> Figure:
     """Proxy against gold reward, as the policy moves away from the reference.
 
     runs: as in `training_curves`, with `score`, `gold` and `kl`, labelled by β. x: "sqrt_kl" or "iteration". Over √KL
     several seeds are a cloud, a small point per iteration and a large one where each ends. One run: both rewards on one
-    pair of axes.
-    Several: proxy left, gold right, each on its own scale. Raises ValueError for another x or a missing metric.
+    pair of axes. Several: proxy left, gold right, each on its own scale, or the one of them that `rewards` names.
+    Raises ValueError for another x or a missing metric.
     Source: Gao et al. 2023, "Scaling laws for reward model overoptimization", Fig. 1.
     """
     if x not in ("sqrt_kl", "iteration"):
         raise ValueError(f'x must be "sqrt_kl" or "iteration"; got {x!r}')
     runs = runs_by_label(runs)
     several = len(runs) > 1
-    size = (9.0, 3.9) if several else (5.6, 3.8)
-    figure, axes = plt.subplots(1, 1 + several, figsize=size, sharex=True, layout="constrained", squeeze=False)
-    panels = dict(zip(("score", "gold"), axes.flat if several else [axes[0, 0]] * 2, strict=True))
+    columns = len(rewards) if several else 1
+    size = (9.0, 3.9) if columns > 1 else (5.6, 3.8)
+    figure, axes = plt.subplots(1, columns, figsize=size, sharex=True, layout="constrained", squeeze=False)
+    panels = dict(zip(rewards, axes.flat if several else [axes[0, 0]] * len(rewards), strict=True))
     styles = styles_for(list(runs)) if several else {}
     for label, seeds in runs.items():
         for name, ax in panels.items():
@@ -236,7 +239,7 @@ def overoptimisation(runs: Runs, *, x: str = "sqrt_kl", band: str = "minmax") ->
                 draw_band(ax, steps.reshape(len(steps)), values, style, name_shown, band)
             ax.set_ylabel(axis if several else "reward")
     for ax in axes.flat:
-        ax.set_xlabel("√KL to reference (√nats)" if x == "sqrt_kl" else "PPO iteration")
+        ax.set_xlabel("√KL to reference (√nats)" if x == "sqrt_kl" else "iteration")
     axes[0, 0].legend()
     return figure
 
