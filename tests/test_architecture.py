@@ -55,6 +55,7 @@ OWNERS = {
     "8.5": "kl.AdaptiveKL",
     "9.1": "models.CausalLMWithValueHead",
     "11.1": "kl.sequence_kl_loss",
+    "15.1": "scoring.pass_at_k",
 }
 
 

@@ -19,6 +19,7 @@ from rlhf_lessons.checks.lesson_08 import late_score, sampled_kl, shaped_rewards
 from rlhf_lessons.checks.lesson_09 import left_padding, value_head
 from rlhf_lessons.checks.lesson_10 import aligned_by_you, diagnose, faulty_runs, healthy_run
 from rlhf_lessons.checks.lesson_11 import kl_loss, other_way
+from rlhf_lessons.checks.lesson_15 import is_right, own_question
 
 __all__ = [
     "FAULTS",
@@ -33,6 +34,7 @@ __all__ = [
     "gradient_through_return",
     "healthy_run",
     "importance_ratio",
+    "is_right",
     "kl_loss",
     "last_real_token",
     "late_score",
@@ -44,6 +46,7 @@ __all__ = [
     "my_step",
     "next_episode",
     "other_way",
+    "own_question",
     "peeking_baseline",
     "policy_gradient_loss",
     "reward_to_go",

@@ -5,6 +5,7 @@ answer, by teacher forcing, against the sum over all texts that a GPT-2 over 4 t
 import math
 from itertools import combinations, product
 
+import pytest
 import torch
 
 from proof.language_model import (
@@ -35,6 +36,7 @@ def plugged_in(rows, k):
     return 1 - (1 - rows.double().mean(dim=1)) ** k
 
 
+@pytest.mark.equation("15.1")
 def test_the_estimate_of_pass_at_k_is_unbiased(claim):
     worlds = [(p, n, k) for p in PROBABILITIES for n in (1, 4, 16, 64) for k in (1, 4, 16, 64) if k <= n]
     exact = [1 - (1 - p) ** k for p, _, k in worlds]
@@ -50,6 +52,7 @@ def test_the_share_of_right_samples_in_p_s_place_is_not(claim):
     claim.biased("checkable.plugged_in", text, exact, found, 0.01, digits=4)
 
 
+@pytest.mark.equation("15.1")
 def test_the_estimate_is_the_mean_over_all_choices_of_k_samples(claim):
     """Counted one by one, with no binomial coefficient in it."""
     rows = torch.tensor(list(product([False, True], repeat=7)))
