@@ -54,6 +54,9 @@ OWNERS = {
     "8.4": "exact.optimal_policy",
     "8.5": "kl.AdaptiveKL",
     "9.1": "models.CausalLMWithValueHead",
+    "12.1": "baselines.group_advantages",
+    "12.2": "ppo.aggregate",
+    "12.3": "importance.sequence_ratio",
 }
 
 
