@@ -18,6 +18,7 @@ from rlhf_lessons.checks.lesson_07 import clipped_policy_loss, max_for_min
 from rlhf_lessons.checks.lesson_08 import late_score, sampled_kl, shaped_rewards
 from rlhf_lessons.checks.lesson_09 import left_padding, value_head
 from rlhf_lessons.checks.lesson_10 import aligned_by_you, diagnose, faulty_runs, healthy_run
+from rlhf_lessons.checks.lesson_12 import group_advantages, one_scale_for_all
 
 __all__ = [
     "FAULTS",
@@ -30,6 +31,7 @@ __all__ = [
     "four_models",
     "gae",
     "gradient_through_return",
+    "group_advantages",
     "healthy_run",
     "importance_ratio",
     "last_real_token",
@@ -41,6 +43,7 @@ __all__ = [
     "my_losses",
     "my_step",
     "next_episode",
+    "one_scale_for_all",
     "peeking_baseline",
     "policy_gradient_loss",
     "reward_to_go",

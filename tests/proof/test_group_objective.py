@@ -4,6 +4,7 @@ policy can write, each with its chance, so that the expected gradient of a group
 
 import itertools
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import pytest
@@ -87,15 +88,17 @@ def expected_gradient(texts: Texts, size: int, scale: str, *, mixed: bool = Fals
     """
     chances, old = texts.chances.detach(), texts.log_probs.detach()
     total, kept = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for group in itertools.product(range(len(old)), repeat=size):
-        rows = torch.tensor(group)
+    for group in itertools.combinations_with_replacement(range(len(old)), size):
+        rows, orders = torch.tensor(group), math.factorial(size)
+        for repeats in Counter(group).values():
+            orders //= math.factorial(repeats)
         if texts.right[rows].unique().numel() == 1:  # advantages are 0
             continue
         advantages = advantages_of(texts.right[rows], scale)[:, None].expand_as(old[rows])
         loss = clipped_policy_loss(
             texts.log_probs[rows], old[rows], advantages, texts.mask[rows], clip_eps=0.2, **options
         )
-        total, kept = total - chances[rows].prod() * loss, kept + chances[rows].prod()
+        total, kept = total - orders * chances[rows].prod() * loss, kept + orders * chances[rows].prod()
     return texts.gradient(total / kept if mixed else total)
 
 
