@@ -56,6 +56,9 @@ OWNERS = {
     "9.1": "models.CausalLMWithValueHead",
     "11.1": "kl.sequence_kl_loss",
     "15.1": "scoring.pass_at_k",
+    "12.1": "baselines.group_advantages",
+    "12.2": "ppo.aggregate",
+    "12.3": "importance.sequence_ratio",
 }
 
 

@@ -20,6 +20,7 @@ from rlhf_lessons.checks.lesson_09 import left_padding, value_head
 from rlhf_lessons.checks.lesson_10 import aligned_by_you, diagnose, faulty_runs, healthy_run
 from rlhf_lessons.checks.lesson_11 import kl_loss, other_way
 from rlhf_lessons.checks.lesson_15 import is_right, own_question
+from rlhf_lessons.checks.lesson_12 import group_advantages, one_scale_for_all
 
 __all__ = [
     "FAULTS",
@@ -32,6 +33,7 @@ __all__ = [
     "four_models",
     "gae",
     "gradient_through_return",
+    "group_advantages",
     "healthy_run",
     "importance_ratio",
     "is_right",
@@ -47,6 +49,7 @@ __all__ = [
     "next_episode",
     "other_way",
     "own_question",
+    "one_scale_for_all",
     "peeking_baseline",
     "policy_gradient_loss",
     "reward_to_go",
