@@ -54,6 +54,9 @@ OWNERS = {
     "8.4": "exact.optimal_policy",
     "8.5": "kl.AdaptiveKL",
     "9.1": "models.CausalLMWithValueHead",
+    "13.1": "preferences.margins",
+    "13.2": "preferences.dpo_loss",
+    "13.3": "preferences.ipo_loss",
 }
 
 

@@ -18,6 +18,7 @@ from rlhf_lessons.checks.lesson_07 import clipped_policy_loss, max_for_min
 from rlhf_lessons.checks.lesson_08 import late_score, sampled_kl, shaped_rewards
 from rlhf_lessons.checks.lesson_09 import left_padding, value_head
 from rlhf_lessons.checks.lesson_10 import aligned_by_you, diagnose, faulty_runs, healthy_run
+from rlhf_lessons.checks.lesson_13 import dpo_loss, lost_reference
 
 __all__ = [
     "FAULTS",
@@ -26,6 +27,7 @@ __all__ = [
     "bradley_terry_loss",
     "clipped_policy_loss",
     "diagnose",
+    "dpo_loss",
     "faulty_runs",
     "four_models",
     "gae",
@@ -35,6 +37,7 @@ __all__ = [
     "last_real_token",
     "late_score",
     "left_padding",
+    "lost_reference",
     "max_for_min",
     "missing_support",
     "my_credit",
