@@ -77,7 +77,7 @@ def test_dpo_is_minimal_at_the_optimal_policy(claim):
         distances.append(variation(end, best))
     text = "all pairs of 6 texts at their Bradley–Terry odds, 5 worlds: DPO's gradient at π* is 0"
     claim.equal("offline.gradient", text, torch.zeros(30), torch.cat(gradients), 1e-12)
-    text = f"from random policies, {min(starts):.2f} to {max(starts):.2f} away in total variation, L-BFGS and Newton end at π*"
+    text = f"from random policies, {min(starts):.2f} to {max(starts):.2f} away in total variation, Newton ends at π*"
     claim.equal("offline.optimum", text, torch.zeros(5), torch.stack(distances), 1e-8)
 
 
