@@ -53,7 +53,7 @@ def print_summary(folder: Path, summary: dict[str, Any]) -> None:
     """What came of the run: its samples, then before and after."""
     print((folder / "samples.md").read_text(encoding="utf-8"))
     before, after = summary["before"], summary["after"]
-    print(f"KL from the reference: {after['kl']:.1f} nats per response (mean of the last five iterations)")
+    print(f"KL from the reference: {after['kl']:.1f} nats per response, at the end")
     for name, label in (("score", "proxy reward"), ("gold", "gold reward")):
         if name in after:
             print(f"{label}: {before[name]:.2f} before, {after[name]:.2f} after")

@@ -17,7 +17,7 @@ from rlhf_lessons.masking import masked_mean
 from rlhf_lessons.models import without_dropout
 from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.preferences import bradley_terry_loss, dpo_loss, ipo_loss
-from rlhf_lessons.scoring import preference_accuracy, score_ids, score_texts
+from rlhf_lessons.scoring import ids_log_probs, preference_accuracy, score_ids, score_texts, text_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -207,52 +207,37 @@ def fit_dpo(
         raise ValueError("reference must be a model of its own; got one that shares parameters with policy")
     place = make_accelerator(device).device
     policy, reference = without_dropout(policy.to(place)), reference.to(place)
-    encoded = encode_preferences(tokenizer, preferences, context=context_of(policy))
-    prompts = [len(encode_pair(tokenizer, pair)[0]) for pair in preferences]
+    encode_preferences(tokenizer, preferences, context=context_of(policy))  # what does not fit is said
+    pairs = [encode_pair(tokenizer, pair) for pair in preferences]
     with evaluating(reference), autocast(place, precision):
-        ref_log_probs = torch.stack(preference_log_probs(reference, preferences, tokenizer, rows=2 * batch_size))
+        read = preference_log_probs(reference, preferences, tokenizer, rows=2 * batch_size)
+    ref_log_probs = torch.stack(read).to(place)
 
     def loss_of(rows: list[int]) -> Tensor:
-        log_probs = pair_log_probs(policy, encoded, prompts, rows, tokenizer.pad_token_id)
-        return PREFERENCE_LOSSES[loss](*log_probs, *ref_log_probs[:, rows], beta=beta)
+        prompts, chosen, rejected = map(list, zip(*(pairs[row] for row in rows), strict=True))
+        log_probs = ids_log_probs(policy, prompts * 2, chosen + rejected, pad_id=tokenizer.pad_token_id)
+        return PREFERENCE_LOSSES[loss](*log_probs.split(len(rows)), *ref_log_probs[:, rows], beta=beta)
 
-    lengths = [max(len(a), len(b)) for a, b in zip(encoded["chosen"], encoded["rejected"], strict=True)]
+    lengths = [len(prompt) + max(map(len, answers)) for prompt, *answers in pairs]
     return fit(
         policy, loss_of, lengths, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, weight_decay=0.0,
         seed=seed, device=place, precision=precision, on_step=on_step,
     )  # fmt: skip
 
 
-def pair_log_probs(
-    lm: nn.Module, encoded: Mapping[str, list[list[int]]], prompts: list[int], rows: list[int], pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N,) of chosen and of rejected responses given their prompts, EOS included, of these pairs.
-
-    encoded: from `data.encode_preferences`; prompts: how many of each pair's tokens are its prompt's.
-    """
-    both = [encoded["chosen"][i] for i in rows] + [encoded["rejected"][i] for i in rows]
-    tokens, mask = (x.to(lm.device) for x in pad(both, pad_id, side="right"))
-    log_probs = action_log_probs(causal_lm_logits(lm, tokens[:, :-1], mask[:, :-1]), tokens[:, 1:])
-    starts = torch.tensor([prompts[i] for i in rows] * 2, device=lm.device)
-    answers = mask[:, 1:] & (torch.arange(1, tokens.shape[1], device=lm.device) >= starts[:, None])
-    return torch.where(answers, log_probs, 0).sum(dim=1).split(len(rows))
-
-
-@torch.no_grad()
 def preference_log_probs(
     lm: nn.Module, preferences: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase", *, rows: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N,) of chosen and of rejected responses, EOS included, in nats.
+    """Log-probabilities (N,) of chosen and of rejected responses, EOS included, in nats, on the CPU.
 
-    rows: pairs read at once. Raises ValueError for no pairs, or one longer than the model's context.
+    rows: texts read at once. Raises ValueError for no pairs.
     """
-    encoded = encode_preferences(tokenizer, preferences, context=context_of(lm))
-    prompts = [len(encode_pair(tokenizer, pair)[0]) for pair in preferences]
-    parts = [
-        torch.stack(pair_log_probs(lm, encoded, prompts, some.tolist(), tokenizer.pad_token_id))
-        for some in torch.arange(len(prompts)).split(rows)
-    ]
-    return torch.cat(parts, dim=1).unbind()
+    prompts = [pair["prompt"] for pair in preferences]
+    chosen, rejected = (
+        text_log_probs(lm, tokenizer, prompts, [pair[side] for pair in preferences], batch_size=rows)
+        for side in ("chosen", "rejected")
+    )
+    return chosen, rejected
 
 
 def annotated_preferences(

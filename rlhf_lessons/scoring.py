@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lessons.data import Prompt, encode_prompt, encode_response, pad
-from rlhf_lessons.forward import context_of
-from rlhf_lessons.generation import Samples
+from rlhf_lessons.forward import causal_lm_logits, context_of
+from rlhf_lessons.generation import Samples, at_temperature
 from rlhf_lessons.masking import check_same_shape, full_precision
+from rlhf_lessons.policy_gradient import action_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -179,3 +180,53 @@ def preference_accuracy(
         for side in ("chosen", "rejected")
     )
     return float(((chosen - rejected).sign() + 1).mean() / 2)
+
+
+@torch.no_grad()
+def text_log_probs(
+    lm: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], responses: Sequence[str], *,
+    temperature: float = 1.0, batch_size: int = 256,
+) -> Tensor:  # fmt: skip
+    """Log-probability (N,) that a language model answers a prompt with this response and then ends it, in nats.
+
+    By teacher forcing, so without sampling: where one text alone is right, its exponential p is the exact pass@1, and
+    1 − (1 − p)^k the exact pass@k. On the CPU. Raises ValueError for no prompts.
+    """
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt; got none")
+    asked = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    given = [encode_response(tokenizer, *pair) for pair in zip(prompts, responses, strict=True)]
+    some = [slice(start, start + batch_size) for start in range(0, len(asked), batch_size)]
+    options = dict(pad_id=tokenizer.pad_token_id, temperature=temperature)
+    return torch.cat([ids_log_probs(lm, asked[rows], given[rows], **options).cpu() for rows in some])
+
+
+def ids_log_probs(
+    lm: nn.Module, prompts: list[list[int]], responses: list[list[int]], *, pad_id: int, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability (N,) of each response, given as token ids, after its prompt; gradients flow to the model."""
+    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    tokens, mask = (x.to(lm.device) for x in pad(texts, pad_id, side="right"))
+    logits = at_temperature(causal_lm_logits(lm, tokens[:, :-1], mask[:, :-1]), temperature)
+    first = torch.tensor([len(prompt) for prompt in prompts], device=lm.device)[:, None]
+    is_response = mask[:, 1:] & (torch.arange(1, tokens.shape[1], device=lm.device) >= first)
+    return torch.where(is_response, action_log_probs(logits, tokens[:, 1:]), 0).sum(dim=1)
+
+
+def pass_at_k(correct: Tensor, k: int) -> Tensor:
+    """Chance that at least one of k samples is right, estimated without bias from n >= k samples of each prompt.
+
+        pass@k = 1 − C(n − c, k) / C(n, k),   c the number of right ones
+
+    It counts the ways to choose k of the n samples that hold no right one, where 1 − (1 − c/n)^k would be too low.
+    correct: (N, n) bool, or 0 and 1 -> (N,) float64. The counts are whole numbers, so only the division rounds.
+    Raises ValueError for a k that is no whole number from 1 to n, and for an entry other than 0 and 1.
+    Source: Chen et al. 2021, "Evaluating large language models trained on code", §2.1.
+    """
+    if correct.dim() != 2 or not ((correct == 0) | (correct == 1)).all():
+        raise ValueError(f"correct must be (prompts, samples) of 0 and 1; got {tuple(correct.shape)} {correct!r:.60}")
+    samples = correct.shape[1]
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= samples:
+        raise ValueError(f"k must be a whole number from 1 to {samples}, the samples of a prompt; got {k!r}")
+    ways, wrong = math.comb(samples, k), (samples - correct.long().sum(dim=1)).tolist()
+    return torch.tensor([(ways - math.comb(w, k)) / ways for w in wrong], dtype=torch.float64)

@@ -401,16 +401,16 @@ def absolute_ratings(
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0 to 3; the words follow
 
 
-def build_tokenizer() -> "PreTrainedTokenizerFast":
-    """Word-level tokenizer over the grammar's words: a `PreTrainedTokenizerFast`.
+def build_tokenizer(words: Sequence[str] = WORDS) -> "PreTrainedTokenizerFast":
+    """Word-level tokenizer over the grammar's words, or others: a `PreTrainedTokenizerFast`.
 
     Encoding adds <bos> in front and nothing behind, so "" is <bos> alone; decoding with
-    skip_special_tokens gives the text back. Pads on the left. NUM_WORDS + 4 entries.
+    skip_special_tokens gives the text back. Pads on the left. 4 entries more than words.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *WORDS])}
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(

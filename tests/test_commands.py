@@ -6,6 +6,7 @@ or the disk behind standard output matter.
 
 import argparse
 import json
+import math
 import os
 import re
 import resource
@@ -26,11 +27,16 @@ import rlhf_lessons
 from rlhf_lessons import __main__ as commands
 from rlhf_lessons.app.options import EXAMPLES, USES, build_parser, check_given
 from rlhf_lessons.app.run_folder import read_metrics
-from rlhf_lessons.config import PRESETS, PPOConfig, PretrainConfig, RewardConfig, Settings
+from rlhf_lessons.config import METHODS, PRESETS, PPOConfig, PretrainConfig, RewardConfig, Settings
+from rlhf_lessons.models import ASSETS
 
 BETA = PPOConfig().kl_coef
 
 FAST = "--num-iterations 2 --batch-size 8 --minibatch-size 8 --ppo-epochs 1 --max-new-tokens 4 --device cpu".split()
+GROUPS = "--method grpo --samples-per-prompt 4 --dynamic-sampling 1".split()
+LOOK = "--batch-size 8 --max-new-tokens 4 --device cpu".split()
+DPO = "--method dpo --dpo-batch-size 8 --num-iterations 2".split()
+BEST = "--method best-of-n --n 4".split()
 SMALL = "--layers 1 --width 16 --heads 2 --context 32 --lm-epochs 1 --vocab-size 300".split()
 SCORES = """
 CONSTANT = 3
@@ -209,7 +215,12 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
         # folders
         (f"{PPO} --out .", "--out must be a new or an empty folder; . already holds"),
         (f"{PPO} --out prompts.txt", "prompts.txt: File exists"),
-        ("summary nothing", r"nothing: holds no run of PPO \(No such file or directory\)"),
+        ("run --method grpo --gamma 0.9", "give --gamma with --method ppo: grpo does not read it"),
+        ("run --method rloo --critic separate", "give --critic with --method ppo: rloo does not read it"),
+        ("run --kl-in loss", "give --kl-in with --method grpo: ppo does not read it"),
+        ("run --samples-per-prompt 2 --method dpo",
+         "give --samples-per-prompt with --method ppo or rloo or grpo: dpo does not read it"),
+        ("summary nothing", r"nothing: holds no run \(No such file or directory\)"),
         # samples
         ("sample --prompts prompts.txt --prompt film", "give --prompts or --prompt, not both: both say what is contin"),
         ("sample --model lm --policy longer --score own_scores:good", "longer: tokenizer must have ids below 8"),
@@ -285,12 +296,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_its_metrics(run, tmp_
 
 def test_a_report_that_fails_after_the_training_costs_the_exit_code_alone(run, monkeypatch, tmp_path):
     """The function of one's own that scored all batches gives up on the samples."""
-    from rlhf_lessons.app import pipeline
+    from rlhf_lessons.app import align
 
     def fail(*arguments, **options):
         raise RuntimeError("own_scores: service unavailable")
 
-    monkeypatch.setattr(pipeline, "compare", fail)
+    monkeypatch.setattr(align, "compare", fail)
     code, _, error = run(*PPO.split(), *FAST, "--out", tmp_path / "out")
     assert code == 2 and "samples.md: not written: RuntimeError: own_scores: service unavailable\n" in error
     assert error.endswith("\nerror: cannot write samples.md; the policy and the rest of the run are written\n")
@@ -383,7 +394,7 @@ def test_ctrl_c_in_mid_run(run, world, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "metrics.jsonl"]
     assert json.loads((out / "config.json").read_text())["ppo"]["num_iterations"] == 100_000
     code, table, _ = run("summary", out)
-    assert code == 0 and f"| out | {BETA:g} | 0 | stopped after {len(rows)} of 100000 iterations |" in table
+    assert code == 0 and f"| out | ppo | {BETA:g} | 0 | stopped after {len(rows)} of 100000 iterations |" in table
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what a process has loaded from /proc")
@@ -521,7 +532,7 @@ def reads(monkeypatch):
     from rlhf_lessons.app import pipeline
 
     reads = Reads()
-    configs = (PretrainConfig, RewardConfig, PPOConfig)
+    configs = (PretrainConfig, RewardConfig, *METHODS.values())
     for kind in (argparse.Namespace, *configs):
         monkeypatch.setattr(kind, "__getattribute__", reads.getter_of(kind))
     for kind in configs:
@@ -553,7 +564,16 @@ ADAPTIVE = "--adaptive-kl-target 1".split()  # without it its horizon is not ask
 @pytest.mark.parametrize(
     ("name", "calls"),
     [
-        ("run", [["--num-preferences", "8", *FAST, *ADAPTIVE], [*RUN.split()[1:], *SMALL, *FAST]]),
+        (
+            "run",
+            [
+                ["--num-preferences", "8", *FAST, *ADAPTIVE],
+                [*RUN.split()[1:], *SMALL, *FAST],
+                ["--num-preferences", "8", *FAST, *GROUPS],
+                ["--num-preferences", "8", *LOOK, *DPO],
+                [*LOOK, *BEST],
+            ],
+        ),
         ("pretrain", [["--corpus", "corpus.txt", *SMALL, "--device", "cpu"]]),
         ("reward", [["--num-preferences", "8", "--device", "cpu"]]),
         ("ppo", [[*PPO.split()[1:], *FAST, *ADAPTIVE]]),
@@ -570,7 +590,8 @@ def test_a_command_takes_the_options_that_it_reads_and_no_others(name, calls, ru
         out = ["--out", tmp_path / str(number)] if name in USES else []
         code, _, error = run(name, *options, *out)
         assert code == 0, error
-    settings = {field.name for section in fields(Settings) for field in fields(section.default)}
+    methods = METHODS.values() if name == "run" else [PPOConfig]
+    settings = {field.name for kind in (PretrainConfig, RewardConfig, *methods) for field in fields(kind)}
     assert reads.names & (listed | settings if name in USES else listed) == listed
 
 
@@ -583,11 +604,30 @@ def test_a_command_takes_the_options_that_it_reads_and_no_others(name, calls, ru
         "run --corpus c --preferences p --eval-preferences e --layers 2 --reward-epochs 2 --opening-words 5",
         "run --model m --prompts p --preferences q",
         "run --adaptive-kl-target 6 --adaptive-kl-horizon 100",
+        "run --method dpo --score a:b --preferences p --model m",  # the score measures, the pairs teach
+        "run --method dpo --reward-model r --num-preferences 100",
+        "run --method grpo --advantage-scale none --loss-over constant",
+        "run --method best-of-n --n 16",
         "reward --num-preferences 100",
     ],
 )
 def test_options_that_are_read_are_not_refused(options):
     check_given(build_parser().parse_args(options.split()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--method best-of-n --kl-coef 0",
+         "give --kl-coef with --method ppo or rloo or grpo or dpo: best-of-n does not read it"),
+        ("--method dpo --corpus corpus.txt --score own_scores:good",
+         "give --preferences with --corpus: DPO learns from them, and the tiny world has none"),
+        ("--method dpo --reward-model r --reward-epochs 2", "give --reward-epochs or --reward-model, not both"),
+    ],
+)  # fmt: skip
+def test_options_that_a_method_does_not_read_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check_given(build_parser().parse_args(["run", *options.split()]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -645,22 +685,61 @@ def test_help_takes_little_longer_than_importing_torch():
 # --- Whole runs -------------------------------------------------------------------------------------------------------
 
 
-def check_finished(out, iterations=2):
+def check_finished(out, iterations=2, wanted=("entropy", "clip_fraction", "explained_variance"), policy=True):
     """A run's folder, complete, its policy a plain checkpoint that transformers alone can load."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert not unfinished(out)
     assert [row["iteration"] for row in read_metrics(out)] == list(range(1, iterations + 1))
-    wanted = {"score", "kl", "entropy", "clip_fraction", "explained_variance"}
-    assert all(wanted <= set(row) for row in read_metrics(out))
+    assert all({"score", "kl", *wanted} <= set(row) for row in read_metrics(out))
     for name in ("training.png", "tokens.png"):
         assert (out / "figures" / name).read_bytes().startswith(b"\x89PNG")
     assert {"before", "after"} <= set(json.loads((out / "summary.json").read_text()))
     samples = (out / "samples.md").read_text()
     assert samples.count("| before |") == samples.count("| after |") == 8
+    if not policy:
+        assert not (out / "policy").exists()
+        return None
     lm, report = AutoModelForCausalLM.from_pretrained(out / "policy", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     return lm, AutoTokenizer.from_pretrained(out / "policy")
+
+
+TINY_PAIRS = ["--num-preferences", "64", "--reward-epochs", "0.1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "iterations", "measured"),
+    [
+        ([*FAST, "--method", "rloo", "--samples-per-prompt", "4"], 2, {"entropy", "clip_fraction"}),
+        ([*FAST, *GROUPS], 2, {"entropy", "kl_loss", "equal_scores"}),
+        ([*LOOK, *DPO], 2, {"loss", "chosen_log_prob", "rejected_log_prob", "pairs_right"}),
+        ([*LOOK, *BEST], 3, {"n", "response_length", "ended"}),
+    ],
+    ids=["rloo", "grpo", "dpo", "best-of-n"],
+)
+def test_every_method_leaves_the_same_folder(options, iterations, measured, run, tmp_path):
+    """From the tiny world's own models and annotators, the gold reward measured beside."""
+    code, _, error = run("run", *options, *TINY_PAIRS, "--out", tmp_path / "out")
+    assert code == 0, error
+    trained = "best-of-n" not in options
+    check_finished(tmp_path / "out", iterations, {"gold", *measured}, policy=trained)
+    method = options[options.index("--method") + 1]
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert settings["method"] == method and method in settings and "critic" not in settings
+    code, table, _ = run("summary", tmp_path / "out")
+    assert code == 0 and f"| out | {method} | " in table
+
+
+def test_best_of_n_climbs_with_n(run, tmp_path):
+    """Each n a mean over all ways to choose it from the same responses: it cannot fall."""
+    shipped = ["--reward-model", ASSETS / "reward_model", "--missing-eos-penalty", "0", "--device", "cpu"]
+    code, _, error = run("run", "--method", "best-of-n", "--n", 6, "--batch-size", 8, *shipped, "--out", tmp_path / "o")
+    assert code == 0, error
+    rows = read_metrics(tmp_path / "o")
+    assert [row["n"] for row in rows] == [1, 2, 4, 6]
+    assert [row["score"] for row in rows] == sorted(row["score"] for row in rows)
+    assert rows[0]["kl"] == 0 and rows[3]["kl"] == pytest.approx(math.log(6) - 5 / 6, abs=1e-6)
 
 
 def test_stage_by_stage_on_own_data(run, world, tmp_path):
@@ -685,7 +764,7 @@ def test_stage_by_stage_on_own_data(run, world, tmp_path):
         made_by = json.loads((folder / "config.json").read_text())["made_by"]
         assert made_by["torch"] == torch.__version__ and bool(made_by["gpu"]) == torch.cuda.is_available()
     code, table, _ = run("summary", c)
-    assert code == 0 and table.splitlines()[2].startswith(f"| c | {BETA:g} | 0 | ")
+    assert code == 0 and table.splitlines()[2].startswith(f"| c | ppo | {BETA:g} | 0 | ")
     code, shown, _ = run(
         "sample", *models, "--policy", c / "policy", "--prompt", "film", "--count", 2, "--max-new-tokens", 4
     )
@@ -725,11 +804,12 @@ def test_another_architecture_with_a_tokenizer_of_its_own(run, world, make_lm, t
 
 def test_the_settings_are_the_preset_s_with_what_is_given_in_their_place():
     parser = commands.build_parser()
-    assert commands.settings_from(parser.parse_args(["run"])) == PRESETS["tiny"]
+    assert commands.settings_from(parser.parse_args(["run"])) == Settings()
     given = "run --preset small --corpus corpus.txt --score own_scores:good --width 96 --kl-coef 0".split()
     given.append("--no-whiten-advantages")
     settings = commands.settings_from(parser.parse_args(given))
-    pretrain, ppo = settings.pretrain, settings.ppo
+    pretrain, ppo = settings.pretrain, settings.method
     assert (pretrain.width, pretrain.layers, pretrain.lm_epochs) == (96, 12, 6.0)
-    assert settings.reward == PRESETS["small"].reward
+    small = PRESETS["small"]
+    assert settings.reward == RewardConfig(**{k: v for k, v in small.items() if k.startswith("reward_")})
     assert (ppo.kl_coef, ppo.whiten_advantages, ppo.batch_size, ppo.precision) == (0.0, False, 512, "bf16")

@@ -1,5 +1,6 @@
 """The oracle for sequences, held against hand-computed numbers and against second routes."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from rlhf_lessons.exact import (
     TabularPolicy,
+    best_of_n,
     distinct_states,
     enumerate_sequences,
     eos_mask,
@@ -558,3 +560,39 @@ def test_tokens_after_eos_change_nothing():
 def test_the_tabular_model_refuses_bad_tokens(sequences, message):
     with pytest.raises(ValueError, match=message):
         TabularPolicy(3, 2)(sequences)
+
+
+# --- Best of n ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_best_of_n_against_all_that_n_draws_can_be(n):
+    """Every n-tuple of five outcomes, two of them equal in reward: who is highest is kept, equals in turn."""
+    probs = torch.tensor([0.1, 0.25, 0.3, 0.15, 0.2], dtype=torch.float64)
+    rewards = [2.0, 0.5, 2.0, -1.0, 0.0]
+    expected = torch.zeros(5, dtype=torch.float64)
+    for draws in itertools.product(range(5), repeat=n):
+        highest = [i for i in draws if rewards[i] == max(rewards[j] for j in draws)]
+        chance = math.prod(probs[i].item() for i in draws)
+        for i in highest:  # as likely to be kept as to be drawn
+            expected[i] += chance / len(highest)
+    found = best_of_n(probs.log(), torch.tensor(rewards), n).exp()
+    torch.testing.assert_close(found, expected)
+
+
+def test_best_of_n_s_kl_keeps_its_bound():
+    log_probs, rewards = torch.randn(40, generator=seeded(), dtype=torch.float64).log_softmax(0), torch.arange(40.0)
+    for n in (2, 8, 64, 1024):
+        best = best_of_n(log_probs, rewards, n)
+        kl = sequence_kl(best, log_probs).item()
+        assert best.exp().sum().item() == pytest.approx(1) and 0 < kl < math.log(n) - (n - 1) / n
+
+
+def test_best_of_n_refuses_what_it_cannot_mean():
+    log_probs = torch.zeros(4).log_softmax(0)
+    with pytest.raises(ValueError, match="n must be at least 1; got 0"):
+        best_of_n(log_probs, torch.zeros(4), 0)
+    with pytest.raises(ValueError, match="rewards must have shape"):
+        best_of_n(log_probs, torch.zeros(3), 2)
+    with pytest.raises(ValueError, match="must sum to 1"):
+        best_of_n(log_probs + 0.1, torch.zeros(4), 2)

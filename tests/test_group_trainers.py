@@ -15,6 +15,7 @@ from rlhf_lessons.masking import masked_mean
 from rlhf_lessons.models import ASSETS, load_causal_lm, load_reward_model, load_tokenizer
 from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.ppo import clipped_policy_loss
+from rlhf_lessons.rollout import joined
 from rlhf_lessons.trainer import PPOTrainer
 
 SMALL = dict(num_iterations=4, batch_size=16, minibatch_size=8, ppo_epochs=2, max_new_tokens=6, device="cpu")
@@ -52,11 +53,16 @@ def test_ppo_may_answer_a_prompt_several_times_too():
         (dict(samples_per_prompt=3), "batch_size must be a multiple of samples_per_prompt = 3; got 16"),
         (dict(samples_per_prompt=1), "samples_per_prompt must be a whole number >= 2; got 1"),
         (dict(advantage_scale="std"), "advantage_scale must be one of none, group, batch; got 'std'"),
+        (dict(loss_over="rows"), "loss_over must be one of tokens, sequences, constant; got 'rows'"),
+        (dict(ratio_level="word"), "ratio_level must be one of token, sequence; got 'word'"),
+        (dict(kl_in="score"), "kl_in must be one of loss, reward; got 'score'"),
+        (dict(clip_eps_high=0.0), "clip_eps_high must be a number > 0, or None; got 0.0"),
+        (dict(dynamic_sampling=-1), "dynamic_sampling must be a whole number >= 0; got -1"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(settings, message):
+def test_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        make(**settings)
+        make("grpo", **settings)
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
@@ -195,7 +201,7 @@ def test_optimiser_and_schedule_can_be_given():
     policy = tiny_lm()
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 0.5**done)
-    config = GRPOConfig(**SMALL, samples_per_prompt=4)
+    config = RLOOConfig(**SMALL, samples_per_prompt=4)
     arguments = (config, policy, tiny_lm(seed=1), count_good, PROMPTS, word_tokenizer())
     history = RLOOTrainer(*arguments, optimizer=optimizer, scheduler=scheduler).train()
     assert [metrics["learning_rate"] for metrics in history] == [0.5, 0.25, 0.125, 0.0625]
@@ -211,7 +217,7 @@ def test_a_run_raises_the_gold_reward_that_nobody_trains_on(method):
     """12 iterations of 64 responses; mean of the last three against the first, 0.45 at least (seen: 0.8 to 1.3)."""
     tokenizer = load_tokenizer(ASSETS / "base")
     prompts = tiny_reviews.prompts(500, torch.Generator().manual_seed(0))
-    config = GRPOConfig(
+    config = CONFIGS[method](
         num_iterations=12, batch_size=64, minibatch_size=32, samples_per_prompt=4, ppo_epochs=2, device="cpu",
         kl_coef=0.05 if method == "rloo" else 0.02,
     )  # fmt: skip
@@ -222,3 +228,108 @@ def test_a_run_raises_the_gold_reward_that_nobody_trains_on(method):
     gold = []
     trainer.train(lambda step, m, batch: gold.append(float(tiny_reviews.gold_reward(*trainer.texts(batch)).mean())))
     assert sum(gold[-3:]) / 3 - gold[0] > 0.45, gold
+
+
+# --- GRPO's switches ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("over", ["tokens", "sequences", "constant"])
+@pytest.mark.parametrize("kl_in", ["loss", "reward"])
+def test_pieces_give_the_whole_minibatch_s_gradient_whatever_the_loss_is_a_mean_over(over, kl_in):
+    found = {}
+    for pieces in (1, 2, 4):
+        trainer = make("grpo", loss_over=over, kl_in=kl_in, gradient_accumulation_steps=pieces, minibatch_size=16,
+                       ppo_epochs=1, ent_coef=0.1, max_grad_norm=1e6)  # fmt: skip
+        batch = trainer.rollout()
+        assert len({*batch.response_mask.sum(dim=1).tolist()}) > 1, "texts of several lengths"
+        report, _ = trainer._update_on(batch)
+        found[pieces] = [report[name].item() for name in ("grad_norm", "loss", "policy_loss", "entropy")]
+    assert found[2] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
+    assert found[4] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
+
+
+def test_the_loss_is_the_mean_that_was_asked_for():
+    """Recomputed from log-probabilities, for each mean; the ratio is 1 here, so the loss is that of −A."""
+    for over in ("tokens", "sequences", "constant"):
+        trainer = make("grpo", loss_over=over, kl_coef=0.0)
+        batch = trainer.rollout()
+        _, report = trainer.losses(batch)
+        lengths, sums = batch.response_mask.sum(dim=1), (-batch.advantages).sum(dim=1)
+        expected = {"tokens": sums.sum() / lengths.sum(), "sequences": (sums / lengths).mean(),
+                    "constant": (sums / trainer.config.max_new_tokens).mean()}[over]  # fmt: skip
+        assert report["policy_loss"].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_a_kl_that_is_paid_out_of_the_reward_is_in_no_loss(kind):
+    trainer = make("grpo", kl_in="reward", kl_kind=kind, kl_coef=0.5, advantage_scale="none")
+    rollout = with_scores(trainer.collect(), [0.0] * 16)
+    kl = torch.where(rollout.response_mask, sampled_kl(rollout.log_probs, rollout.ref_log_probs, kind=kind), 0).sum(1)
+    expected = -0.5 * (kl.view(4, 4) - kl.view(4, 4).mean(dim=1, keepdim=True))
+    batch = trainer.credit(rollout)
+    assert of_responses(batch) == pytest.approx(expected.flatten().tolist(), abs=1e-5)
+    assert "kl_loss" not in trainer.losses(batch)[1]
+
+
+def test_one_ratio_a_text_is_clipped_as_one():
+    trainer = make("grpo", ratio_level="sequence", loss_over="sequences", clip_eps=1e-3, clip_eps_high=2e-3)
+    batch = trainer.rollout()
+    trainer.update(batch)
+    with torch.no_grad():
+        log_probs = action_log_probs(trainer.response_logits(batch), batch.responses)
+        loss = clipped_policy_loss(
+            log_probs, batch.log_probs, batch.advantages, batch.response_mask, clip_eps=(1e-3, 2e-3),
+            level="sequence", over="sequences",
+        )  # fmt: skip
+        _, report = trainer.losses(batch)
+    assert report["policy_loss"].item() == pytest.approx(loss.item(), rel=1e-6) and report["clip_fraction"] > 0
+
+
+# --- Dynamic sampling -----------------------------------------------------------------------------
+
+
+def test_groups_without_a_difference_are_drawn_anew():
+    """Scores of 0 for every text in the first batch, then of whether its first word is good."""
+    trainer, calls = make("grpo", dynamic_sampling=3, missing_eos_penalty=0.0), []
+    plain = trainer.scorer
+
+    def scorer(samples):
+        calls.append(len(samples))
+        return torch.zeros(len(samples)) if len(calls) == 1 else plain(samples)
+
+    trainer.scorer = scorer
+    rollout = trainer.collect()
+    assert 1 < len(calls) <= 4 and len(rollout) == 16
+    counts = rollout.group.unique(return_counts=True)[1]
+    assert (counts == 4).all(), "whole groups"
+    grouped = rollout.scores.view(4, 4)
+    varied = (grouped.amax(dim=1) > grouped.amin(dim=1)).tolist()
+    assert varied == sorted(varied, reverse=True) and any(varied), "those with a difference come first"
+    assert trainer.measures(trainer.credit(rollout))["equal_scores"].item() == 1 - sum(varied) / 4
+
+
+def test_rows_of_several_batches_are_what_they_were():
+    trainer = make("grpo", dynamic_sampling=0)
+    first, second = trainer.collect(), trainer.collect()
+    both = joined([first, second], pad_id=trainer.tokenizer.pad_token_id)
+    prompts, responses = (a + b for a, b in zip(trainer.texts(first), trainer.texts(second), strict=True))
+    assert trainer.texts(both) == (prompts, responses)
+    for start, part in ((0, first), (16, second)):
+        rows = slice(start, start + 16)
+        for name in ("log_probs", "ref_log_probs", "sampler_log_probs"):
+            assert torch.equal(
+                getattr(both, name)[rows][both.response_mask[rows]], getattr(part, name)[part.response_mask]
+            )
+        assert torch.equal(both.scores[rows], part.scores) and torch.equal(both.ended[rows], part.ended)
+        assert torch.equal(both.attention_mask[rows].sum(dim=1), part.attention_mask.sum(dim=1))
+    assert both.attention_mask[:, both.prompt_length - 1].all(), "a prompt ends where its response begins"
+
+
+def test_dynamic_sampling_is_bounded_and_may_find_nothing():
+    trainer = make("grpo", dynamic_sampling=2, missing_eos_penalty=0.0)
+    sizes = []
+    trainer.scorer = lambda samples: sizes.append(len(samples)) or torch.ones(len(samples))
+    rollout = trainer.collect()
+    assert sizes == [16, 16, 16] and len(rollout) == 16
+    batch = trainer.credit(rollout)
+    assert not batch.advantages.any() and trainer.measures(batch)["equal_scores"] == 1

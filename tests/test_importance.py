@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from rlhf_lessons.importance import bounded_exponent, effective_sample_size, importance_mean, importance_ratio
+from rlhf_lessons.importance import (
+    bounded_exponent,
+    effective_sample_size,
+    importance_mean,
+    importance_ratio,
+    sequence_ratio,
+    truncated_ratio,
+)
 
 NAN, INF = math.nan, math.inf
 F64 = torch.float64
@@ -138,3 +145,31 @@ def test_effective_sample_size_ignores_the_scale(scale):
 def test_effective_sample_size_rejects_bad_weights(weights):
     with pytest.raises(ValueError, match=r"weights must be finite, not negative and not all 0; got \["):
         effective_sample_size(torch.tensor(weights))
+
+
+def test_ratio_of_a_text_is_the_geometric_mean_of_its_tokens():
+    new, old = normal(3, 4), normal(3, 4, seed=1)
+    mask = torch.arange(4) < torch.tensor([4, 1, 3])[:, None]
+    tokens = importance_ratio(new, old)
+    expected = [tokens[row][mask[row]].prod().item() ** (1 / length) for row, length in enumerate((4, 1, 3))]
+    assert sequence_ratio(torch.where(mask, new, NAN), old, mask).tolist() == pytest.approx(expected)
+    assert sequence_ratio(new, old).tolist() == pytest.approx(tokens.prod(dim=1).pow(0.25).tolist())
+    with pytest.raises(ValueError, match="old_log_probs must have the shape of log_probs"):
+        sequence_ratio(new, old[:, :2])
+
+
+@pytest.mark.parametrize("cap", [1.0, 1.3, INF])
+def test_the_cap_s_bias_is_what_it_cuts_off(cap):
+    """E_μ[w] = 1 − E_μ[(π/μ − cap)⁺], summed over all tokens."""
+    policy, sampler = normal(6).log_softmax(0), normal(6, seed=1).log_softmax(0)
+    weights = truncated_ratio(policy.requires_grad_(), sampler, cap=cap)
+    excess = ((policy - sampler).exp() - cap).clamp(min=0)
+    assert (sampler.exp() * weights).sum().item() == pytest.approx(1 - (sampler.exp() * excess).sum().item())
+    assert weights.max() <= cap and not weights.requires_grad
+    assert (weights < (policy - sampler).exp() - 1e-12).any() == (cap < INF)
+
+
+@pytest.mark.parametrize("cap", [0.0, 0.99, NAN])
+def test_a_cap_that_takes_from_every_token_is_refused(cap):
+    with pytest.raises(ValueError, match=f"cap must be a number >= 1; got {cap}"):
+        truncated_ratio(torch.zeros(2), torch.zeros(2), cap=cap)

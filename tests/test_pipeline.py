@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from rlhf_lessons.app import pipeline
+from rlhf_lessons.app import align, pipeline
+from rlhf_lessons.app.align import compare, longest_response, optimise
 from rlhf_lessons.app.inputs import ASSETS, Model, choose_score, load_model, resolve
-from rlhf_lessons.app.pipeline import compare, fit_reward, longest_response, optimise, pretrain
+from rlhf_lessons.app.pipeline import fit_reward, pretrain
 from rlhf_lessons.app.run_folder import RunFolder
 from rlhf_lessons.config import PPOConfig, PretrainConfig, RewardConfig, Settings
 from rlhf_lessons.fitting import annotated_preferences
@@ -26,7 +27,7 @@ def test_texts_cut_at_the_context_are_counted(tmp_path, capsys):
     (tmp_path / "corpus.txt").write_text("\n".join(LINES))
     sizes = PretrainConfig(layers=1, width=16, heads=2, context=6, lm_epochs=1, vocab_size=300)
     given = resolve(argparse.Namespace(command="pretrain", corpus=tmp_path / "corpus.txt"))
-    base = pretrain(given, Settings(pretrain=sizes, ppo=CPU), RunFolder(tmp_path / "out"))
+    base = pretrain(given, Settings(pretrain=sizes, method=CPU), RunFolder(tmp_path / "out"))
     said = capsys.readouterr().err
     assert "2 of the texts are longer than the context of 6 tokens" in said and "3 texts" in said
     assert context_of(base.network) == context_of(load_causal_lm(base.name)) == 6
@@ -39,7 +40,7 @@ def test_a_reward_model_is_measured_on_held_out_pairs(make_lm, tokenizer, tmp_pa
     (tmp_path / "train.jsonl").write_text("\n".join([json.dumps(pair)] * 32))
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, [pair, pair, pair, opposite])))
     files = dict(preferences=tmp_path / "train.jsonl", eval_preferences=tmp_path / "test.jsonl")
-    settings = Settings(reward=RewardConfig(reward_epochs=10, reward_learning_rate=3e-3), ppo=CPU)
+    settings = Settings(reward=RewardConfig(reward_epochs=10, reward_learning_rate=3e-3), method=CPU)
     given = resolve(argparse.Namespace(command="reward", **files))
     fit_reward(given, Model(make_lm(), tokenizer, "lm"), settings, RunFolder(tmp_path / "out"))
     measured = json.loads((tmp_path / "out" / "reward_model.json").read_text())
@@ -57,7 +58,7 @@ def test_a_reward_model_is_kept_when_measuring_it_fails(make_lm, tokenizer, tmp_
     files = dict(preferences=tmp_path / "pairs.jsonl", eval_preferences=tmp_path / "pairs.jsonl")
     given = resolve(argparse.Namespace(command="reward", **files))
     with pytest.raises(MemoryError):
-        fit_reward(given, Model(make_lm(), tokenizer, "lm"), Settings(ppo=CPU), RunFolder(tmp_path / "out"))
+        fit_reward(given, Model(make_lm(), tokenizer, "lm"), Settings(method=CPU), RunFolder(tmp_path / "out"))
     assert load_reward_model(tmp_path / "out" / "reward_model").config.reward_std != 1
 
 
@@ -67,7 +68,7 @@ def test_pairs_of_equal_texts_are_counted(equal, said, make_lm, tokenizer, tmp_p
     pairs = [pair] * 8 + [pair | {"rejected": "good ."}] * equal
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     given = resolve(argparse.Namespace(command="reward", preferences=tmp_path / "pairs.jsonl"))
-    fit_reward(given, Model(make_lm(), tokenizer, "lm"), Settings(ppo=CPU), RunFolder(tmp_path / "out"))
+    fit_reward(given, Model(make_lm(), tokenizer, "lm"), Settings(method=CPU), RunFolder(tmp_path / "out"))
     error = capsys.readouterr().err
     assert said in error if said else "same text" not in error
 
@@ -76,7 +77,7 @@ def test_the_annotators_are_not_asked_of_words_that_they_cannot_read(make_lm, to
     """They would choose at random, and a reward model would be trained on that."""
     given = resolve(argparse.Namespace(command="reward"))
     with pytest.raises(ValueError, match="give --preferences, or a --score: the tiny world's annotators read no other"):
-        fit_reward(given, Model(make_lm(), tokenizer, "lm"), Settings(ppo=CPU), RunFolder(tmp_path / "out"))
+        fit_reward(given, Model(make_lm(), tokenizer, "lm"), Settings(method=CPU), RunFolder(tmp_path / "out"))
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -101,7 +102,7 @@ def failing(*arguments, **options):
 def test_a_part_of_the_report_that_fails_takes_nothing_with_it(broken, make_trainer, tmp_path, monkeypatch, capsys):
     """The policy is there, and every other part; what failed is said, and the run does not pass for a success."""
     for name in broken:
-        monkeypatch.setattr(pipeline, name, failing)
+        monkeypatch.setattr(align, name, failing)
     lost = [part for part, function in PARTS.items() if function in broken]
     with pytest.raises(ValueError, match=f"^cannot write {', '.join(lost)}; the policy and the rest .* are written$"):
         optimise(make_trainer(num_iterations=2), RunFolder(tmp_path / "out"), gold=False)
@@ -123,7 +124,7 @@ def test_an_interruption_is_no_failure_of_a_part(make_trainer, tmp_path, monkeyp
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "compare", interrupt)
+    monkeypatch.setattr(align, "compare", interrupt)
     with pytest.raises(KeyboardInterrupt):
         optimise(make_trainer(num_iterations=1), RunFolder(tmp_path / "out"), gold=False)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "policy"]

@@ -8,6 +8,7 @@ import torch
 
 from rlhf_lessons.policy_gradient import policy_gradient_loss
 from rlhf_lessons.ppo import (
+    aggregate,
     check_clip,
     clip_fraction,
     clipped_policy_loss,
@@ -350,3 +351,70 @@ def test_masks_are_checked():
             call(empty)
         with pytest.raises(ValueError, match="mask must be a bool tensor; got torch.int64"):
             call(empty.long())
+
+
+# --- beyond PPO: two ε, one ratio a text, other means -------------------------------------------
+
+
+def test_three_means_by_hand():
+    """Two texts, of one token and of three."""
+    x, mask = torch.tensor([[6.0, NAN, NAN], [1.0, 2.0, 3.0]], dtype=F64), prefix_mask([1, 3], 3)
+    assert aggregate(x, mask, over="tokens").item() == pytest.approx(12 / 4)
+    assert aggregate(x, mask, over="sequences").item() == pytest.approx((6 + 2) / 2)
+    assert aggregate(x, mask, over="constant", constant=4).item() == pytest.approx(12 / (2 * 4))
+
+
+def test_means_agree_where_all_texts_are_of_one_length():
+    x, mask = normal(3, 5), torch.ones(3, 5, dtype=torch.bool)
+    means = [aggregate(x, mask, over=over).item() for over in ("tokens", "sequences")]
+    assert means == pytest.approx([aggregate(x, mask, over="constant", constant=5).item()] * 2)
+    assert aggregate(x, over="sequences").item() == pytest.approx(x.mean().item())
+
+
+@pytest.mark.parametrize("over, constant", [("tokens", None), ("sequences", None), ("constant", 7.0)])
+def test_what_stands_at_padding_reaches_no_mean_and_no_gradient(over, constant):
+    x, mask = normal(3, 4), prefix_mask([1, 4, 2], 4)
+    clean = aggregate(torch.where(mask, x, 0), mask, over=over, constant=constant)
+    x = torch.where(mask, x, NAN).requires_grad_()
+    found = aggregate(x, mask, over=over, constant=constant)
+    (grad,) = torch.autograd.grad(found, x)
+    assert found.item() == clean.item() and not grad[~mask].any() and grad.isfinite().all()
+
+
+def test_means_that_are_no_means_are_refused():
+    x = normal(2, 3)
+    with pytest.raises(ValueError, match="over must be one of tokens, sequences, constant; got 'rows'"):
+        aggregate(x, over="rows")
+    for constant in (None, 0, -1.0, NAN):
+        with pytest.raises(ValueError, match=f'constant must be a number > 0 where over is "constant"; got {constant}'):
+            aggregate(x, over="constant", constant=constant)
+
+
+def test_the_clip_may_be_wider_above():
+    """ε = 0.2 down and 0.5 up: 1.4 is inside, 1.6 is not, 0.7 is not."""
+    slopes = []
+    for ratio, advantage in ((1.4, 1.0), (1.6, 1.0), (0.7, -1.0), (0.9, -1.0)):
+        log_probs = one(math.log(ratio)).requires_grad_()
+        clipped_policy_loss(log_probs, one(0.0), one(advantage), clip_eps=(0.2, 0.5)).backward()
+        slopes.append(bool(log_probs.grad.any()))
+    assert slopes == [True, False, False, True]
+    ratio, advantages = torch.tensor([[1.4, 1.6, 0.7, 0.9]]), torch.tensor([[1.0, 1.0, -1.0, -1.0]])
+    assert clip_fraction(ratio, clip_eps=(0.2, 0.5), advantages=advantages).item() == 0.5
+    assert clip_fraction(ratio, clip_eps=(0.2, 0.5)).item() == 0.5
+    for wrong in ((0.2, 0.0), (-0.1, 0.2)):
+        with pytest.raises(ValueError, match="clip_eps must be positive; got"):
+            clipped_policy_loss(one(0.0), one(0.0), one(1.0), clip_eps=wrong)
+
+
+def test_one_ratio_a_text_by_hand():
+    """Ratios 2 and 8 have the geometric mean 4; the second text, of one token, its own 1/2."""
+    log_probs = torch.tensor([[2.0, 8.0], [0.5, 9.0]], dtype=F64).log().requires_grad_()
+    mask, advantages = prefix_mask([2, 1], 2), torch.tensor([[-1.0, -1.0], [-1.0, -1.0]], dtype=F64)
+    old = torch.zeros(2, 2, dtype=F64)
+    loss = clipped_policy_loss(log_probs, old, advantages, mask, clip_eps=0.6, level="sequence", over="sequences")
+    assert loss.item() == pytest.approx((4 + 0.5) / 2)
+    (grad,) = torch.autograd.grad(loss, log_probs)
+    expected = torch.tensor([[4 / 2 / 2, 4 / 2 / 2], [0.5 / 2, 0.0]], dtype=F64)
+    torch.testing.assert_close(grad, expected)
+    with pytest.raises(ValueError, match="level must be token or sequence; got 'text'"):
+        clipped_policy_loss(log_probs, old, advantages, mask, clip_eps=0.2, level="text")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_lessons.preferences import bradley_terry_loss, preference_probability
+from rlhf_lessons.preferences import bradley_terry_loss, dpo_loss, ipo_loss, preference_probability
 
 F64 = torch.float64
 
@@ -97,3 +97,46 @@ def test_bad_input():
         bradley_terry_loss(torch.zeros(2), torch.zeros(1))
     with pytest.raises(ValueError, match="chosen must hold at least one pair; got none"):
         bradley_terry_loss(torch.zeros(0), torch.zeros(0))
+
+
+# --- A policy at once -------------------------------------------------------------------------------------------------
+
+LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss}
+
+
+def test_dpo_and_ipo_by_hand():
+    """Margin of log-ratios: (−1 + 4) − (−2 + 3) = 2; at β = 1/2 DPO's odds are e, IPO's aim is 1."""
+    texts = [torch.tensor([x], dtype=F64) for x in (-1.0, -4.0, -2.0, -3.0)]
+    assert dpo_loss(*texts, beta=0.5).item() == pytest.approx(math.log(1 + math.exp(-1)))
+    assert ipo_loss(*texts, beta=0.5).item() == pytest.approx((2 - 1) ** 2)
+
+
+def test_dpo_is_bradley_terry_on_the_reward_that_the_policy_implies():
+    chosen, rejected, ref_chosen, ref_rejected = (normal(9, seed=seed) for seed in range(4))
+    implied = bradley_terry_loss(0.3 * (chosen - ref_chosen), 0.3 * (rejected - ref_rejected))
+    assert dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3).item() == pytest.approx(implied.item())
+    assert dpo_loss(chosen, rejected, chosen, rejected, beta=0.3).item() == pytest.approx(math.log(2))
+
+
+def test_dpo_s_gradient_weighs_a_pair_by_how_wrong_it_is():
+    """β σ(−margin): the chosen text up, the rejected one down by as much, the reference untouched."""
+    texts = [normal(5, seed=seed).requires_grad_() for seed in range(4)]
+    loss = dpo_loss(*texts, beta=0.7)
+    grads = torch.autograd.grad(loss, texts, allow_unused=True)
+    margin = 0.7 * (texts[0] - texts[2] - texts[1] + texts[3])
+    weight = 0.7 * torch.sigmoid(-margin) / 5
+    torch.testing.assert_close(grads[0], -weight)
+    torch.testing.assert_close(grads[1], weight)
+    assert grads[2:] == (None, None)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_pairs_that_cannot_be_compared_are_refused(loss):
+    four = [torch.zeros(3)] * 4
+    for beta in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=f"beta must be positive; got {beta}"):
+            loss(*four, beta=beta)
+    with pytest.raises(ValueError, match="rejected must have the shape of chosen"):
+        loss(four[0], torch.zeros(2), *four[2:], beta=0.1)
+    with pytest.raises(ValueError, match="chosen must hold at least one pair; got none"):
+        loss(*[torch.zeros(0)] * 4, beta=0.1)

@@ -244,24 +244,32 @@ def test_summary_has_a_row_per_run_and_tells_which_were_stopped(tmp_path):
         write_run(tmp_path / "c", finished=False),
     ]
     assert summary_table(folders).splitlines()[2:] == [
-        "| a | 0.05 | 3 | 1.00 → 1.00 | -0.50 → -0.50 | 4.0 |",
-        "| b | 0.05 | 3 | 1.00 → 1.00 | – | 4.0 |",
-        "| c | 0.05 | 3 | stopped after 2 of 9 iterations | – | – |",
+        "| a | ppo | 0.05 | 3 | 1.00 → 1.00 | -0.50 → -0.50 | 4.0 |",
+        "| b | ppo | 0.05 | 3 | 1.00 → 1.00 | – | 4.0 |",
+        "| c | ppo | 0.05 | 3 | stopped after 2 of 9 iterations | – | – |",
     ]
+
+
+def test_a_summary_tells_methods_apart(tmp_path):
+    folder = write_run(tmp_path / "a", finished=True)
+    for method, settings, beta in (("grpo", {"kl_coef": 0.2, "seed": 1}, "0.2"), ("best-of-n", {"seed": 1}, "–")):
+        (folder / "config.json").write_text(json.dumps({"method": method, method: settings}))
+        expected = f"| a | {method} | {beta} | 1 | 1.00 → 1.00 | -0.50 → -0.50 | 4.0 |"
+        assert summary_table([folder]).splitlines()[2] == expected
 
 
 def test_a_summary_may_hold_what_is_no_number(tmp_path):
     folder = write_run(tmp_path / "a", finished=True)
     numbers = {"score": None, "kl": None}
     (folder / "summary.json").write_text(json.dumps({"before": numbers, "after": numbers}))
-    assert summary_table([folder]).splitlines()[2] == "| a | 0.05 | 3 | nan → nan | – | nan |"
+    assert summary_table([folder]).splitlines()[2] == "| a | ppo | 0.05 | 3 | nan → nan | – | nan |"
 
 
 def test_summary_refuses_a_summary_of_another_kind(tmp_path):
     folder = write_run(tmp_path / "a", finished=True)
     for text in ("[]", "{}", '{"before": 3, "after": 3}', '{"before": {}, "after": {}}', "{"):
         (folder / "summary.json").write_text(text)
-        with pytest.raises(ValueError, match="a: holds no run of PPO"):
+        with pytest.raises(ValueError, match="a: holds no run"):
             summary_table([folder])
 
 
@@ -269,5 +277,5 @@ def test_summary_refuses_a_summary_of_another_kind(tmp_path):
 def test_summary_refuses_what_is_no_run(config, tmp_path):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    with pytest.raises(ValueError, match=f"{tmp_path}: holds no run of PPO"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: holds no run"):
         summary_table([tmp_path])

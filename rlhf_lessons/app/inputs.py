@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from rlhf_lessons import data, tiny_reviews
+from rlhf_lessons.app.options import CRITICS, method_of
 from rlhf_lessons.device import check_device
 from rlhf_lessons.display import say
 from rlhf_lessons.forward import context_of
@@ -95,8 +96,9 @@ def resolve(arguments: argparse.Namespace) -> Inputs:
         "reward_model": command in ("ppo", "sample") and score is None and "reward_model",
     }
     loaders = {"model": load_causal_lm, "policy": load_causal_lm, "reward_model": load_reward_model}
-    if command in ("run", "ppo"):  # a policy that was trained before brings its value head
-        loaders["model"] = functools.partial(CausalLMWithValueHead.from_pretrained, critic=arguments.critic)
+    if command in ("run", "ppo") and method_of(arguments) == "ppo":  # one trained before brings its value head
+        critic = arguments.critic or CRITICS[0]
+        loaders["model"] = functools.partial(CausalLMWithValueHead.from_pretrained, critic=critic)
     models = {}
     for name, load in loaders.items():
         path = given[name] or (lent[name] and ASSETS / lent[name])
@@ -127,7 +129,7 @@ def load_model(load: Callable[[str | Path], nn.Module], path: str | Path) -> Mod
 
 
 def choose_prompts(inputs: Inputs, *, opening_words: int, seed: int, max_new_tokens: int = 0) -> Records:
-    """The prompts of PPO, and a word to the user on which they are.
+    """The prompts to be continued, and a word to the user on which they are.
 
     Of those that come from preferences, where long pairs are not refused, the ones that leave max_new_tokens room.
     """
@@ -202,13 +204,13 @@ def warn_of_unknown(texts: Records, tokenizer: "PreTrainedTokenizerBase", path: 
         )
 
 
-# --- What PPO maximises -----------------------------------------------------------------------------------------------
+# --- What is maximised ------------------------------------------------------------------------------------------------
 
 
 def choose_score(
     inputs: Inputs, reward_model: Model | None, tokenizer: "PreTrainedTokenizerBase", *, device: str
 ) -> nn.Module | Callable[..., Any]:
-    """What PPO maximises: one's own function, or a reward model (on the tokens if its tokenizer reads them alike).
+    """What is maximised: one's own function, or a reward model (on the tokens if its tokenizer reads them alike).
 
     One that reads texts goes to the device when it is first asked, when a trainer has long settled which that is.
     """

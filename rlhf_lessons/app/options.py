@@ -1,12 +1,12 @@
 """The command line: what each command takes, and the help that a newcomer reads."""
 
 import argparse
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf_lessons import __version__
-from rlhf_lessons.config import PRESETS, PretrainConfig, RewardConfig, Settings
+from rlhf_lessons.config import METHODS, PRESETS, PretrainConfig, RewardConfig, Settings, make_settings
 
 EXIT_ERROR = 2
 OPENING_WORDS = 3
@@ -14,8 +14,9 @@ OPENING_WORDS = 3
 ABOUT = """\
 RLHF with PPO on a small language model, all of it: a base model learns to write from text, a reward model learns
 from preferences which of two answers is better, and PPO trains the base model to be rewarded without straying far
-from where it began. Without options everything is the tiny world's: short movie reviews, simulated annotators, and
-a gold reward that nobody trains on, by which reward hacking is seen. That takes minutes on a laptop's CPU.
+from where it began; or one of the methods that came after it (RLOO, GRPO, DPO, best-of-n) does. Without options
+everything is the tiny world's: short movie reviews, simulated annotators, and a gold reward that nobody trains on, by
+which reward hacking is seen. That takes minutes on a laptop's CPU.
 """
 
 EXAMPLES = {
@@ -27,6 +28,7 @@ EXAMPLES = {
 """,
     "run": """\
   python -m rlhf_lessons run --out runs/first
+  python -m rlhf_lessons run --method grpo --samples-per-prompt 16
   python -m rlhf_lessons run --corpus texts.txt --preferences pairs.jsonl
   python -m rlhf_lessons run --model gpt2-with-pad/ --prompts prompts.txt --score my_rewards:politeness
 """,
@@ -56,7 +58,7 @@ EXAMPLES = {
 
 RUN_FOLDER = """
 The folder that --out names then holds config.json (all settings), metrics.jsonl (a line per iteration), summary.json,
-samples.md (before and after), figures/*.png (reward, KL, entropy, clip fraction, explained variance) and the models,
+samples.md (before and after), figures/*.png (reward, KL, and what the method measures) and the models,
 as Hugging Face checkpoints. What a stopped run has written can be read; only a finished one has a summary.json.
 """
 
@@ -84,13 +86,15 @@ SOURCES = {  # option -> its type, how its value is called, what it is
 }
 
 
-MACHINE = ("seed", "device", "precision")  # settings of PPO that the fits before it share
+MACHINE = ("seed", "device", "precision")  # settings of a method that the fits before it share
 USES = {  # command -> the settings that it reads, section by section; None for all of a section's
-    "run": {"pretrain": None, "reward": None, "ppo": None},
-    "pretrain": {"pretrain": None, "ppo": MACHINE},
-    "reward": {"reward": None, "ppo": MACHINE},
-    "ppo": {"ppo": None},
+    "run": {"pretrain": None, "reward": None, "method": None},
+    "pretrain": {"pretrain": None, "method": MACHINE},
+    "reward": {"reward": None, "method": MACHINE},
+    "ppo": {"method": None},
 }
+CRITICS = ("shared", "separate")
+OWN = {"ppo": ("critic",)}  # options of a method that are no settings
 PRETRAIN, REWARD = (tuple(item.name for item in fields(kind)) for kind in (PretrainConfig, RewardConfig))
 READ = (  # options, what they need one of, what leaves nobody to read them, why
     (("corpus",), ("preferences", "reward_model", "score"), ("model",),
@@ -104,7 +108,7 @@ READ = (  # options, what they need one of, what leaves nobody to read them, why
     (("prompts",), (), ("prompt",), "both say what is continued"),
     (("adaptive_kl_horizon",), ("adaptive_kl_target",), (), "without a target β is fixed"),
 )  # fmt: skip
-TITLES = {"pretrain": "a language model trained from scratch", "reward": "the reward model's fit", "ppo": "PPO"}
+TITLES = {"pretrain": "a language model trained from scratch", "reward": "the reward model's fit"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,23 +134,32 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def add_settings(parser: Parser, section: str, names: tuple[str, ...] | None) -> None:
-    """One option per setting of a section; the preset's value stands where none is given."""
-    group = parser.add_argument_group(TITLES[section] if names is None else "where and from which seed")
-    presets = {name: getattr(settings, section) for name, settings in PRESETS.items()}
-    for item in fields(presets["tiny"]):
-        if names is not None and item.name not in names:
-            continue
-        default, *others = (shown(getattr(preset, item.name)) for preset in presets.values())
-        differs = "".join(f"; {name}: {o}" for name, o in zip(list(presets)[1:], others, strict=True) if o != default)
-        help = f"{item.metadata['help']} (default: {default}{differs})".replace("%", "%%")
-        option = "--" + typed(item.name)
+def add_settings(parser: Parser, section: str, names: tuple[str, ...] | None, methods: tuple[str, ...]) -> None:
+    """One option per setting of a section; what stands where none is given is said, by method and by preset."""
+    kinds = {"pretrain": {"": PretrainConfig}, "reward": {"": RewardConfig}}.get(section)
+    kinds = kinds or {method: METHODS[method] for method in methods}
+    owners: dict[str, list[str]] = {}
+    for owner, kind in kinds.items():
+        for item in fields(kind):
+            owners.setdefault(item.name, []).append(owner)
+    groups: dict[str, Any] = {}
+    for name in (name for name in owners if names is None or name in names):
+        title = "where and from which seed" if names else TITLES.get(section) or ", ".join(owners[name])
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        items = {owner: item for owner in owners[name] for item in fields(kinds[owner]) if item.name == name}
+        item = next(iter(items.values()))
+        default, said = shown(item.default), ""
+        others = {owner: shown(other.default) for owner, other in items.items() if shown(other.default) != default}
+        others |= {preset: shown(given[name]) for preset, given in PRESETS.items() if name in given}
+        said = "".join(f"; {whose}: {value}" for whose, value in others.items() if value != default)
+        help = f"{item.metadata['help']} (default: {default}{said})".replace("%", "%%")
+        option = "--" + typed(name)
         if isinstance(item.default, bool):
             group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
             kind = float if item.default is None else type(item.default)
-            name = {int: "N", float: "X", str: "NAME"}[kind]
-            group.add_argument(option, type=kind, default=None, metavar=name, help=help)
+            metavar = {int: "N", float: "X", str: "NAME"}[kind]
+            group.add_argument(option, type=kind, default=None, metavar=metavar, help=help)
 
 
 def add_command(commands: Any, name: str, help: str, *sources: str) -> Parser:
@@ -168,7 +181,7 @@ def add_command(commands: Any, name: str, help: str, *sources: str) -> Parser:
             help="set of defaults. tiny: for a laptop's CPU; small: GPT-2-sized, for a GPU (default: tiny)",
         )  # fmt: skip
         for section, names in USES[name].items():
-            add_settings(sub, section, names)
+            add_settings(sub, section, names, tuple(METHODS) if name == "run" else ("ppo",))
     if "eval_preferences" in sources:
         sub.add_argument(
             "--long-pairs", choices=("drop", "cut", "refuse"), default="drop",
@@ -195,6 +208,10 @@ def build_parser() -> Parser:
         "corpus", "preferences", "eval_preferences", "prompts", "model", "reward_model", "score",
     )  # fmt: skip
     run.add_argument(
+        "--method", choices=tuple(METHODS), default="ppo",
+        help="how the base model is aligned; options that the method does not read are refused (default: ppo)",
+    )  # fmt: skip
+    run.add_argument(
         "--opening-words", type=int, default=OPENING_WORDS, metavar="N",
         help=f"words of a --corpus line that make a prompt; 0: the begin token alone (default: {OPENING_WORDS})",
     )  # fmt: skip
@@ -208,8 +225,8 @@ def build_parser() -> Parser:
     )
     for sub in (run, ppo):
         sub.add_argument(
-            "--critic", choices=("shared", "separate"), default="shared",
-            help="whether the critic shares the policy's trunk or has its own (default: shared)",
+            "--critic", choices=CRITICS,
+            help="whether PPO's critic shares the policy's trunk or has its own (default: shared)",
         )  # fmt: skip
         sub.add_argument(
             "--sampler", choices=("plain", "static"), default="plain",
@@ -238,10 +255,26 @@ def build_parser() -> Parser:
     return parser
 
 
+def method_of(arguments: argparse.Namespace) -> str:
+    """The method that a command runs."""
+    return getattr(arguments, "method", "ppo")
+
+
 def check_given(arguments: argparse.Namespace) -> None:
     """Raise ValueError for an option that the command, beside the others, would not read: given is used, or refused."""
-    values = vars(arguments)
+    values, method = vars(arguments), method_of(arguments)
     given = {k for k, v in values.items() if v is not None and (k, v) != ("opening_words", OPENING_WORDS)}
+    kinds = {name: {*OWN.get(name, ()), *(item.name for item in fields(kind))} for name, kind in METHODS.items()}
+    for name in values:  # in the order of the help
+        readers = [other for other, read in kinds.items() if name in read]
+        if name in given and readers and method not in readers:
+            raise ValueError(f"give --{typed(name)} with --method {' or '.join(readers)}: {method} does not read it")
+    if method == "dpo":
+        if "corpus" in given and "preferences" not in given:
+            raise ValueError(
+                "give --preferences with --corpus: DPO learns from them, and the tiny world has none of it"
+            )
+        given -= {"preferences", "num_preferences"}  # beside any score, since DPO learns from them itself
     if values["command"] == "pretrain":
         given &= {"corpus", "vocab_size"}  # it reads the other sizes without a corpus too
     for names, needed, others, why in READ:
@@ -259,8 +292,4 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     """
     check_given(arguments)
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    preset = PRESETS[arguments.preset]
-    return Settings(**{
-        section.name: replace(config, **{f.name: given[f.name] for f in fields(config) if f.name in given})
-        for section in fields(Settings) for config in (getattr(preset, section.name),)
-    })  # fmt: skip
+    return make_settings(method_of(arguments), PRESETS[arguments.preset] | given)

@@ -1,7 +1,7 @@
 """A run's folder: what is written while it goes on, and the pictures and samples that it ends in.
 
     config.json      all settings, the command, versions
-    metrics.jsonl    one line per PPO iteration
+    metrics.jsonl    one line per iteration
     summary.json     before and after, in numbers; written last, so that it tells a finished run from a stopped one
     samples.md       before and after, side by side
     figures/*.png    curves, and one response token by token
@@ -178,18 +178,22 @@ def draw_run(folder: RunFolder, rows: list[dict], tokens: list[str], per_token: 
 
 
 def summary_table(folders: list[Path]) -> str:
-    """A Markdown table of runs of PPO, one a row: β, seed, and before → after (mean of the last iterations).
+    """A Markdown table of runs, one a row: method, β, seed, and before → after (mean of the last iterations).
 
-    A run that was stopped says after how many iterations. Raises ValueError for a folder that holds no run of PPO.
+    A run that was stopped says after how many iterations. Raises ValueError for a folder that holds no run.
     """
-    lines = ["| run | β | seed | proxy reward | gold reward | KL (nats) |", "| --- | ---: | ---: | --- | --- | ---: |"]
+    lines = ["| run | method | β | seed | proxy reward | gold reward | KL (nats) |",
+             "| --- | --- | ---: | ---: | --- | --- | ---: |"]  # fmt: skip
     for folder in map(Path, folders):
         try:
-            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["ppo"]
-            start = f"| {folder.name} | {settings['kl_coef']:g} | {settings['seed']} "
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            method = config.get("method", "ppo")
+            settings = config[method]
+            beta = f"{settings['kl_coef']:g}" if "kl_coef" in settings else "–"
+            start = f"| {folder.name} | {method} | {beta} | {settings['seed']} "
             if not (folder / "summary.json").exists():
-                done = len(read_metrics(folder))
-                lines.append(start + f"| stopped after {done} of {settings['num_iterations']} iterations | – | – |")
+                done, of = len(read_metrics(folder)), settings.get("num_iterations", "its")
+                lines.append(start + f"| stopped after {done} of {of} iterations | – | – |")
                 continue
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             before, after = with_nan(summary["before"]), with_nan(summary["after"])
@@ -197,5 +201,5 @@ def summary_table(folders: list[Path]) -> str:
             lines.append(start + f"| {before['score']:.2f} → {after['score']:.2f} | {gold} | {after['kl']:.1f} |")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"{folder}: holds no run of PPO ({reason})") from error
+            raise ValueError(f"{folder}: holds no run ({reason})") from error
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from bench.workload import GPU_WORK, Work
 from rlhf_lessons.app.run_folder import versions
 
 COMMAND = "python tests/bench"
-PARTS = ("startup", "gae", "sampling", "ppo")
+PARTS = ("startup", "gae", "sampling", "ppo", "grpo")
 
 
 def python(*arguments: str, **options) -> subprocess.Popen:
@@ -114,6 +114,12 @@ def measure(parts: tuple[str, ...], *, rounds: int, gpu: bool) -> dict:
         counts = ("ppo_flops", "ppo_flops_separate")
         measured["ppo"] = {
             shape: interleave(subjects, shape, work, rounds) | interleave(counts, shape, work, 0) for shape in shapes
+        }
+    if "grpo" in parts:
+        say("grpo")
+        measured["grpo"] = {
+            shape: interleave(("grpo_ours", "grpo_trl"), shape, work, rounds)
+            for shape in (("124 M",) if gpu else ("0.87 M", "7.6 M"))
         }
     return measured
 

@@ -212,25 +212,39 @@ def ppo_flops_separate(channel: Channel, shape: Shape, work: Work) -> None:
     ppo_flops(channel, shape, work, critic="separate")
 
 
-def ppo_trl(channel: Channel, shape: Shape, work: Work) -> None:
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    from datasets import Dataset
+def rounds_of(channel: Channel, work: Work, *, steps: int):
+    """A callback of TRL's trainers: ends the clock after that many of their steps and starts it again when asked."""
     from transformers import TrainerCallback
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     class Rounds(TrainerCallback):
-        """Ends the clock at each iteration's end and starts it again when asked."""
+        """Counts, beside its calls, the optimiser's steps."""
 
-        steps = 0
+        made = called = 0
+
+        def count(self, *_) -> None:
+            self.made += 1
 
         def on_train_begin(self, *args, **options):
+            optimizer = options["optimizer"]
+            getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self.count)
             channel.wait()
 
         def on_step_end(self, *args, **options):
-            channel.report(optimizer_steps=self.steps, response_length=work.new_tokens)
-            self.steps = 0
+            self.called += 1
+            if self.called < steps:
+                return
+            channel.report(optimizer_steps=self.made, response_length=work.new_tokens)
+            self.made = self.called = 0
             if not channel.wait():
                 os._exit(0)  # the trainer cannot be told to stop
+
+    return Rounds()
+
+
+def ppo_trl(channel: Channel, shape: Shape, work: Work) -> None:
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     rows = work.rows * 64
     tokenizer = workload.tokenizer(shape)
@@ -243,18 +257,68 @@ def ppo_trl(channel: Channel, shape: Shape, work: Work) -> None:
         use_cpu=work.device == "cpu", num_sample_generations=0, report_to="none", save_strategy="no",
         disable_tqdm=True,
     )  # fmt: skip
-    rounds = Rounds()
     trainer = PPOTrainer(
         args=arguments, processing_class=tokenizer, model=workload.language_model(shape, as_saved=True),
         ref_model=workload.language_model(shape, as_saved=True),
         reward_model=workload.classifier(shape, as_saved=True), value_model=workload.classifier(shape, as_saved=True),
-        train_dataset=Dataset.from_list(ids), callbacks=[rounds],
+        train_dataset=Dataset.from_list(ids), callbacks=[rounds_of(channel, work, steps=1)],
     )  # fmt: skip
+    trainer.train()
 
-    def count(*_) -> None:
-        rounds.steps += 1
 
-    getattr(trainer.optimizer, "optimizer", trainer.optimizer).register_step_post_hook(count)
+# --- one GRPO iteration ---------------------------------------------------------------------------
+
+GROUP = 8  # responses to a prompt
+
+
+def grpo_ours(channel: Channel, shape: Shape, work: Work) -> None:
+    from rlhf_lessons.config import GRPOConfig
+    from rlhf_lessons.engines.static import StaticSampler
+    from rlhf_lessons.group_trainers import GRPOTrainer
+    from rlhf_lessons.models import RewardModel
+
+    settings = GRPOConfig(
+        num_iterations=1000, batch_size=work.rows, minibatch_size=work.rows // work.minibatches,
+        ppo_epochs=work.epochs, max_new_tokens=work.new_tokens, learning_rate=LEARNING_RATE, lr_schedule="constant",
+        samples_per_prompt=GROUP, device=work.device, precision=work.precision,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        settings, workload.language_model(shape), workload.language_model(shape),
+        RewardModel(workload.classifier(shape)), workload.prompts(shape, work, 4 * work.rows),
+        workload.tokenizer(shape), sampler=StaticSampler() if work.device == "cuda" else None,
+    )  # fmt: skip
+    phases = Phases(trainer, channel.clock)
+
+    def run() -> dict:
+        metrics = trainer.step()
+        return phases.parts() | {name: metrics[name] for name in ("optimizer_steps", "response_length")}
+
+    channel.serve(run)
+
+
+def grpo_trl(channel: Channel, shape: Shape, work: Work) -> None:
+    """TRL's trainer takes a step on a part of its batch at a time: a round is `optimizer_steps` of them."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer, saved = workload.tokenizer(shape), tempfile.mkdtemp()
+    workload.language_model(shape, as_saved=True).save_pretrained(saved)  # from where it makes its reference too
+    rows = [{"prompt": text} for text in workload.prompts(shape, work, 16 * work.rows)]
+    arguments = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=work.rows // work.minibatches,
+        steps_per_generation=work.minibatches, num_iterations=work.epochs, num_generations=GROUP, beta=0.1,
+        max_completion_length=work.new_tokens, temperature=1.0, learning_rate=LEARNING_RATE, max_steps=100_000,
+        gradient_checkpointing=False, bf16=work.precision == "bf16", use_cpu=work.device == "cpu", report_to="none",
+        save_strategy="no", logging_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    reward = workload.classifier(shape, as_saved=True)
+    reward.config.pad_token_id = PAD
+    trainer = GRPOTrainer(
+        model=saved, reward_funcs=reward, args=arguments, train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer, reward_processing_classes=tokenizer,
+        callbacks=[rounds_of(channel, work, steps=work.optimizer_steps)],
+    )  # fmt: skip
+    trainer.eos_token_ids = trainer.generation_config.eos_token_id = [NEVER]
     trainer.train()
 
 
@@ -281,6 +345,7 @@ SUBJECTS = {
     function.__name__: function
     for function in (
         gae_ours, gae_loop, gae_torchrl, sampling_ours, sampling_static, sampling_replay, sampling_generate,
-        sampling_generate_fast, ppo_ours, ppo_ours_separate, ppo_flops, ppo_flops_separate, ppo_trl, matmul,
+        sampling_generate_fast, ppo_ours, ppo_ours_separate, ppo_flops, ppo_flops_separate, ppo_trl, grpo_ours,
+        grpo_trl, matmul,
     )
 }  # fmt: skip

@@ -46,13 +46,14 @@ def markdown(measured: dict) -> str:
     ]  # fmt: skip
     lines += ["## In short", ""] + in_short(measured)
     lines += startup_rows(measured) + gae_rows(measured) + sampling_rows(measured) + ppo_rows(measured, peak)
+    lines += grpo_rows(measured)
     return "\n".join(lines)
 
 
 def in_short(measured: dict) -> list[str]:
     """The lines of the table that the README shows: ratios alone, a column for each size of the model."""
-    found = {part: measured.get(part, {}) for part in ("sampling", "ppo")}
-    sizes = list(dict.fromkeys([*found["ppo"], *found["sampling"]]))
+    found = {part: measured.get(part, {}) for part in ("sampling", "ppo", "grpo")}
+    sizes = list(dict.fromkeys([*found["ppo"], *found["grpo"], *found["sampling"]]))
 
     def row(label: str, part: str, peer: str, ours: str, figure=median) -> list[str]:
         def cell(rounds: dict[str, list[dict]] | None) -> str:
@@ -68,6 +69,8 @@ def in_short(measured: dict) -> list[str]:
         row("PPO, separate critic: tokens/s, times TRL's", "ppo", "ppo_trl", "ppo_ours_separate"),
         row("PPO, shared trunk: peak memory, of TRL's", "ppo", "ppo_ours", "ppo_trl", peak),
         row("PPO, separate critic: peak memory, of TRL's", "ppo", "ppo_ours_separate", "ppo_trl", peak),
+        row("GRPO: tokens/s, times TRL's", "grpo", "grpo_trl", "grpo_ours"),
+        row("GRPO: peak memory, of TRL's", "grpo", "grpo_ours", "grpo_trl", peak),
         row("sampling: tokens/s, times `generate`'s", "sampling", "sampling_generate", "sampling_ours"),
         row("sampling, fixed shapes: tokens/s, times `generate`'s", "sampling", "sampling_generate", "sampling_static"),
     ]
@@ -131,22 +134,40 @@ def ppo_rows(measured: dict, peak: float | None) -> list[str]:
     labels = {"ppo_trl": "TRL 1.12", "ppo_ours_separate": "separate critic", "ppo_ours": "shared trunk"}
     rows, phases = [], []
     for shape, found in measured["ppo"].items():
-        trl = found["ppo_trl"]
         for name, label in labels.items():
             rounds = found[name]
-            seconds, memory = median(rounds), last(rounds, "peak_mb")
-            rows.append(
-                [shape, label, number(seconds), number(seconds and tokens / seconds, digits=0), *ratios(trl, rounds),
-                 number(memory, digits=0), ratio(memory, last(trl, "peak_mb")),
-                 number(last(rounds, "optimizer_steps"), digits=0)]
-            )  # fmt: skip
+            rows.append([shape, label, *iteration(rounds, found["ppo_trl"], tokens)])
             if name != "ppo_trl":
                 flops = found[name.replace("ours", "flops")][-1]
                 phases += [[shape, label, *phase(rounds, flops, part, peak)] for part in PHASES]
-    header = ["parameters", "", "s", "tokens/s", "ratio", "ratio in CPU seconds", "peak MB", "of TRL's", "steps"]
-    lines = ["## One PPO iteration", ""] + table(header, rows)
+    lines = ["## One PPO iteration", ""] + table(ITERATION, rows)
     header = ["parameters", "", "phase", "s", "GFLOP", "of the matrix-multiply peak"]
     return lines + ["## Where it goes", ""] + table(header, phases)
+
+
+ITERATION = ["parameters", "", "s", "tokens/s", "ratio", "ratio in CPU seconds", "peak MB", "of TRL's", "steps"]
+
+
+def iteration(rounds: list[dict], trl: list[dict], tokens: int) -> list[str]:
+    """Time, speed, memory and steps of an iteration, beside TRL's."""
+    seconds, memory = median(rounds), last(rounds, "peak_mb")
+    return [
+        number(seconds), number(seconds and tokens / seconds, digits=0), *ratios(trl, rounds),
+        number(memory, digits=0), ratio(memory, last(trl, "peak_mb")),
+        number(last(rounds, "optimizer_steps"), digits=0),
+    ]  # fmt: skip
+
+
+def grpo_rows(measured: dict) -> list[str]:
+    if "grpo" not in measured:
+        return []
+    tokens = Work(**measured["work"]).tokens
+    rows = [
+        [shape, label, *iteration(found[name], found["grpo_trl"], tokens)]
+        for shape, found in measured["grpo"].items()
+        for name, label in (("grpo_trl", "TRL 1.16"), ("grpo_ours", "`GRPOTrainer`"))
+    ]
+    return ["## One GRPO iteration, groups of 8", ""] + table(ITERATION, rows)
 
 
 def last(rounds: list[dict], name: str) -> float | None:
