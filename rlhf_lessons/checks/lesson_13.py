@@ -1,5 +1,7 @@
 """Lesson 13: a policy fitted to preferences, without a reward model between."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ def preference_cases(seed: int) -> list[Case]:
     """Log-probabilities of texts of some ten tokens: the two policies differ by a few nats."""
     d, single = Draw(seed), Draw(seed + 1, torch.float32)
 
-    def case(says: str, draw: Draw, count: int, beta: float, layout=lambda x: x) -> Case:
+    def case(says: str, draw: Draw, count: int, beta: float, layout: Callable = lambda x: x) -> Case:
         return Case(says, {name: layout(draw.normal(count, scale=3) - 20) for name in NAMES}, {"beta": beta})
 
     far = zip(NAMES, ([-2.0, -900.0, -30.0], [-900.0, -2.0, -31.0], [-20.0] * 3, [-21.0] * 3), strict=True)
@@ -30,11 +32,16 @@ def preference_cases(seed: int) -> list[Case]:
     ]
 
 
+def implied_gap(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
+    """The margin, times β."""
+    return beta * (chosen - rejected - ref_chosen + ref_rejected)
+
+
 def loss_of(
-    gap=lambda chosen, rejected, ref_chosen, ref_rejected, beta: beta * (chosen - rejected - ref_chosen + ref_rejected),
-    cost=lambda gap: -F.logsigmoid(gap),
-    over=torch.mean,
-):  # fmt: skip
+    gap: Callable[..., Tensor] = implied_gap,
+    cost: Callable[[Tensor], Tensor] = lambda gap: -F.logsigmoid(gap),
+    over: Callable[[Tensor], Tensor] = torch.mean,
+) -> Callable[..., Tensor]:
     """The loss with one thing read wrongly: the gap of the rewards, what a gap costs, how costs are joined."""
 
     def wrong_loss(*log_probs: Tensor, beta: float) -> Tensor:
