@@ -59,6 +59,9 @@ OWNERS = {
     "12.1": "baselines.group_advantages",
     "12.2": "ppo.aggregate",
     "12.3": "importance.sequence_ratio",
+    "13.1": "preferences.margins",
+    "13.2": "preferences.dpo_loss",
+    "13.3": "preferences.ipo_loss",
 }
 
 
