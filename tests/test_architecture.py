@@ -54,6 +54,9 @@ OWNERS = {
     "8.4": "exact.optimal_policy",
     "8.5": "kl.AdaptiveKL",
     "9.1": "models.CausalLMWithValueHead",
+    "14.1": "exact.best_of_n",
+    "14.2": "kl.best_of_n_bound",
+    "14.3": "scoring.best_of_mean",
 }
 
 

@@ -18,11 +18,13 @@ from rlhf_lessons.checks.lesson_07 import clipped_policy_loss, max_for_min
 from rlhf_lessons.checks.lesson_08 import late_score, sampled_kl, shaped_rewards
 from rlhf_lessons.checks.lesson_09 import left_padding, value_head
 from rlhf_lessons.checks.lesson_10 import aligned_by_you, diagnose, faulty_runs, healthy_run
+from rlhf_lessons.checks.lesson_14 import best_of_n, same_sample_twice
 
 __all__ = [
     "FAULTS",
     "action_log_probs",
     "aligned_by_you",
+    "best_of_n",
     "bradley_terry_loss",
     "clipped_policy_loss",
     "diagnose",
@@ -44,6 +46,7 @@ __all__ = [
     "peeking_baseline",
     "policy_gradient_loss",
     "reward_to_go",
+    "same_sample_twice",
     "sampled_kl",
     "shaped_rewards",
     "shift_by_one",
