@@ -118,8 +118,8 @@ VARIANTS = {
                                                      "(F - F_below)) => torch.log(F ** n - F_below ** n)")),
         ("the density", typo(LAW, "(F ** n - F_below ** n) / (F - F_below) => n * F ** (n - 1)")),
         ("the density from below", typo(LAW, "(F ** n - F_below ** n) / (F - F_below) => n * F_below ** (n - 1)")),
-        ("the density, made to sum to 1", typo(LAW, "return log_probs + torch.log((F ** n - F_below ** n) / "
-                                               "(F - F_below)) => q = p * F ** (n - 1)\n    return (q / q.sum()).log()")),
+        ("the density, made to sum to 1", "lambda lp, r, n: (lp + (n - 1) * torch.log((r <= r[:, None]).double() "
+                                          "@ lp.exp())).log_softmax(0)"),
         ("y among its own rivals", "lambda lp, r, n: (lp + n * torch.log((r <= r[:, None]).double() @ lp.exp()))"
                                    ".log_softmax(0)"),
         ("the chance to be at most r", "lambda lp, r, n: n * torch.log((r <= r[:, None]).double() @ lp.exp())"),
