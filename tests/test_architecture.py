@@ -62,6 +62,9 @@ OWNERS = {
     "13.1": "preferences.margins",
     "13.2": "preferences.dpo_loss",
     "13.3": "preferences.ipo_loss",
+    "14.1": "exact.best_of_n",
+    "14.2": "kl.best_of_n_bound",
+    "14.3": "scoring.best_of_mean",
 }
 
 

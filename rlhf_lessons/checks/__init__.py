@@ -21,12 +21,14 @@ from rlhf_lessons.checks.lesson_10 import aligned_by_you, diagnose, faulty_runs,
 from rlhf_lessons.checks.lesson_11 import kl_loss, other_way
 from rlhf_lessons.checks.lesson_12 import group_advantages, one_scale_for_all
 from rlhf_lessons.checks.lesson_13 import dpo_loss, lost_reference
+from rlhf_lessons.checks.lesson_14 import best_of_n, same_sample_twice
 from rlhf_lessons.checks.lesson_15 import is_right, own_question
 
 __all__ = [
     "FAULTS",
     "action_log_probs",
     "aligned_by_you",
+    "best_of_n",
     "bradley_terry_loss",
     "clipped_policy_loss",
     "diagnose",
@@ -56,6 +58,7 @@ __all__ = [
     "peeking_baseline",
     "policy_gradient_loss",
     "reward_to_go",
+    "same_sample_twice",
     "sampled_kl",
     "shaped_rewards",
     "shift_by_one",
