@@ -107,7 +107,10 @@ GROUPS = {  # what lesson 12 compares: a method, and what differs from GROUPS_CO
     "Dr. GRPO": ("grpo", IN_REWARD | {"advantage_scale": "none", "loss_over": "constant"}),
     "batch scale": ("grpo", IN_REWARD | {"advantage_scale": "batch"}),
     "GSPO": ("grpo", IN_REWARD | {"ratio_level": "sequence", "loss_over": "sequences"}),
-    "GRPO, KL in the loss": ("grpo", {"loss_over": "sequences", "kl_coef": 0.1}),
+    "GRPO, KL in the loss": (
+        "grpo",
+        {"loss_over": "sequences", "kl_coef": 0.1, "kl_in": "loss", "kl_kind": "k3"},
+    ),
 }
 GROUP_METRICS = {
     "kl": "kl",

@@ -192,13 +192,12 @@ class GroupConfig(TrainerConfig):
 
     samples_per_prompt: int = setting(8, at_least(2), "responses to each prompt that is drawn")
     ppo_epochs: int = setting(2, COUNT, "passes over each batch")
+    kl_coef: float = setting(0.05, NOT_NEGATIVE, "β: price of one nat of KL from the reference")
 
 
 @dataclass(frozen=True)
 class RLOOConfig(GroupConfig):
     """All numbers of RLOO."""
-
-    kl_coef: float = setting(0.05, NOT_NEGATIVE, "β: price of one nat of KL, paid out of the reward")
 
 
 @dataclass(frozen=True)
@@ -219,8 +218,10 @@ class GRPOConfig(GroupConfig):
     ratio_level: str = setting(
         "token", one_of("token", "sequence"), "a ratio for each token, or one for each response (GSPO)"
     )
-    kl_in: str = setting("loss", one_of("loss", "reward"), "where the KL is paid: in the loss, or out of the reward")
-    kl_kind: str = setting("k3", one_of("k1", "k2", "k3"), "the estimate of the KL that is paid")
+    kl_in: str = setting(
+        "reward", one_of("loss", "reward"), "where the KL is paid: out of the reward, or (GRPO's paper, k3) in the loss"
+    )
+    kl_kind: str = setting("k1", one_of("k1", "k2", "k3"), "the estimate of the KL that is paid")
     dynamic_sampling: int = setting(
         0, at_least(0), "more batches to sample at most, in the place of groups whose scores are all equal (DAPO)"
     )

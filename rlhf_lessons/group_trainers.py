@@ -34,11 +34,12 @@ class RLOOTrainer(Trainer):
 
 
 class GRPOTrainer(Trainer):
-    """Group-relative policy optimisation: scores against their group's mean and deviation, the KL in the loss (k3).
+    """Group-relative policy optimisation: scores against their group's mean and deviation.
 
-    `GRPOConfig`'s switches make its kin of it. Dr. GRPO: advantage_scale "none", loss_over "constant". DAPO:
-    clip_eps_high 0.28, dynamic_sampling, loss_over "tokens", kl_coef 0. GSPO: ratio_level and loss_over of the
-    sequence. REINFORCE++ with a baseline: advantage_scale "batch".
+    The KL is paid out of the reward (k1), whose expected gradient is that of the KL of whole texts; in the paper it is
+    in the loss (k3), whose is not. `GRPOConfig`'s switches make that of it, and its kin. Dr. GRPO: advantage_scale
+    "none", loss_over "constant". DAPO: clip_eps_high 0.28, dynamic_sampling, loss_over "tokens", kl_coef 0. GSPO:
+    ratio_level and loss_over of the sequence. REINFORCE++ with a baseline: advantage_scale "batch".
     Source: Shao et al. 2024, "DeepSeekMath", §4.1; those of `baselines.group_advantages` and `ppo.aggregate`.
     """
 

@@ -1,15 +1,11 @@
-"""The recorded experiments of lessons 11 to 14: that what is kept was made with the settings that stand in the recorder."""
+"""The recorded experiments of lessons 11 to 14: what is kept was made with the settings that the recorder holds."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from test_record import ROOT, load
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "figures"))
-
-import beyond
+beyond = load(ROOT / "figures" / "beyond.py")
 
 
 def kept(name):

@@ -712,7 +712,7 @@ TINY_PAIRS = ["--num-preferences", "64", "--reward-epochs", "0.1"]
     ("options", "iterations", "measured"),
     [
         ([*FAST, "--method", "rloo", "--samples-per-prompt", "4"], 2, {"entropy", "clip_fraction"}),
-        ([*FAST, *GROUPS], 2, {"entropy", "kl_loss", "equal_scores"}),
+        ([*FAST, *GROUPS, "--kl-in", "loss"], 2, {"entropy", "kl_loss", "equal_scores"}),
         ([*LOOK, *DPO], 2, {"loss", "chosen_log_prob", "rejected_log_prob", "pairs_right"}),
         ([*LOOK, *BEST], 3, {"n", "response_length", "ended"}),
     ],

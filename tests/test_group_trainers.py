@@ -110,14 +110,14 @@ def test_rloo_pays_the_kl_out_of_the_reward():
 @pytest.mark.parametrize(("scale", "divisor"), [("none", 1.0), ("group", (14 / 4) ** 0.5), ("batch", (14 / 16) ** 0.5)])
 def test_grpo_centres_and_scales_scores(scale, divisor):
     """One group scores 1, 2, 3, 6: deviations −2, −1, 0, 3, of squares 14; all others the same."""
-    trainer = make("grpo", advantage_scale=scale)
+    trainer = make("grpo", advantage_scale=scale, kl_coef=0.0)
     batch = trainer.credit(with_scores(trainer.collect(), [1, 2, 3, 6] + [1000.1] * 12))
     expected = [x / divisor for x in (-2, -1, 0, 3)] + [0.0] * 12
     assert of_responses(batch) == pytest.approx(expected, abs=2e-3 if scale == "batch" else 1e-5)
 
 
 def test_grpo_s_loss_is_the_clipped_one_plus_beta_times_k3():
-    trainer = make("grpo", kl_coef=0.7, ent_coef=0.0)
+    trainer = make("grpo", kl_coef=0.7, ent_coef=0.0, kl_in="loss", kl_kind="k3")
     batch = trainer.rollout()
     trainer.update(batch)  # so that ratios are not 1
     loss, report = trainer.losses(batch)
@@ -138,7 +138,7 @@ def test_grpo_s_loss_is_the_clipped_one_plus_beta_times_k3():
 @pytest.mark.parametrize("doubt", [100.0, 1e4, float("inf")])
 def test_grpo_s_padding_reaches_no_gradient(doubt):
     """A policy that would never say the padding: its log-probability there is beyond what k3's exponential holds."""
-    trainer = make("grpo")
+    trainer = make("grpo", kl_in="loss", kl_kind="k3")
     batch = trainer.rollout()
     assert not batch.response_mask.all()
     plain, found = trainer.response_logits, []
@@ -326,7 +326,7 @@ def test_rows_of_several_batches_are_what_they_were():
 
 
 def test_dynamic_sampling_is_bounded_and_may_find_nothing():
-    trainer = make("grpo", dynamic_sampling=2, missing_eos_penalty=0.0)
+    trainer = make("grpo", dynamic_sampling=2, missing_eos_penalty=0.0, kl_coef=0.0)
     sizes = []
     trainer.scorer = lambda samples: sizes.append(len(samples)) or torch.ones(len(samples))
     rollout = trainer.collect()

@@ -971,7 +971,7 @@ def small_trainers():
     sizes = dict(batch_size=16, minibatch_size=8, gradient_accumulation_steps=2, ppo_epochs=2, max_new_tokens=6)
     shared = sizes | dict(target_kl=100.0, learning_rate=1e-3, device="cpu")
     yield "ppo", tiny_trainer(**shared, normalize_scores=True, adaptive_kl_target=1.0, adaptive_kl_horizon=100)
-    config = GRPOConfig(**shared, samples_per_prompt=4)
+    config = GRPOConfig(**shared, samples_per_prompt=4, kl_in="loss", kl_kind="k3")
     yield "grpo", GRPOTrainer(config, tiny_lm(), tiny_lm(seed=1), count_good, PROMPTS, word_tokenizer())
 
 

@@ -280,7 +280,7 @@ def grpo_ours(channel: Channel, shape: Shape, work: Work) -> None:
     settings = GRPOConfig(
         num_iterations=1000, batch_size=work.rows, minibatch_size=work.rows // work.minibatches,
         ppo_epochs=work.epochs, max_new_tokens=work.new_tokens, learning_rate=LEARNING_RATE, lr_schedule="constant",
-        samples_per_prompt=GROUP, device=work.device, precision=work.precision,
+        samples_per_prompt=GROUP, kl_in="loss", kl_kind="k3", kl_coef=0.1, device=work.device, precision=work.precision,
     )  # fmt: skip
     trainer = GRPOTrainer(
         settings, workload.language_model(shape), workload.language_model(shape),

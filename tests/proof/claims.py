@@ -138,7 +138,10 @@ def write_page(topics: dict[str, tuple[str, list[Claim]]]) -> None:
     PAGE.write_text(HEADER + body, encoding="utf-8")
 
 
-TOPICS = ["Preferences", "Bias", "Variance", "Spine", "PPO", "KL", "Whole trainer", "Groups", "Golden step", "Peers"]
+TOPICS = [
+    "Preferences", "Bias", "Variance", "Spine", "PPO", "KL", "Whole trainer", "Leash", "Groups", "Group objective",
+    "Offline", "Best-of-n as a policy", "Checkable rewards", "Golden step", "Peers", "Engines",
+]  # fmt: skip
 
 
 def topic_order(title: str) -> tuple[int, str]:

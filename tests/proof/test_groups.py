@@ -92,7 +92,7 @@ def test_rloo_s_expected_gradient_is_that_of_the_penalised_reward(claim):
 
 
 def test_grpo_without_a_scale_is_short_by_the_group_s_size(claim):
-    trainer = trainer_for(GRPOTrainer, dtype=torch.float64, moved=0.1, advantage_scale="none")
+    trainer = trainer_for(GRPOTrainer, dtype=torch.float64, moved=0.1, advantage_scale="none", kl_in="loss")
     exact, obtained = gradients(trainer, scores_alone)
     text = "GRPO's mean includes the response itself: G/(G−1) E[mean A ∇log π] = ∇E[R], G = 2"
     claim.equal("groups.grpo_none", text, exact, 2 * obtained)
@@ -100,7 +100,7 @@ def test_grpo_without_a_scale_is_short_by_the_group_s_size(claim):
 
 def test_dividing_by_the_group_s_deviation_turns_the_gradient(claim):
     """With two responses the scaled advantages are ±1: the sign of a comparison, whatever its size."""
-    trainer = trainer_for(GRPOTrainer, dtype=torch.float64, moved=0.1, advantage_scale="group")
+    trainer = trainer_for(GRPOTrainer, dtype=torch.float64, moved=0.1, advantage_scale="group", kl_in="loss")
     exact, obtained = gradients(trainer, scores_alone)
     cosine = torch.nn.functional.cosine_similarity(exact, obtained, dim=0)
     text = "GRPO over its group's deviation: its expected gradient is no multiple of ∇E[R] (cosine)"
