@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_lessons.importance import bounded_exponent
 from rlhf_lessons.masking import check_same_shape, full_precision, real_steps
+from rlhf_lessons.policy_gradient import policy_gradient_loss, reward_to_go
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
@@ -69,6 +70,21 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) 
     last = torch.where(mask, steps, -1).amax(dim=1, keepdim=True)
     rewards = -kl_coef * kl + torch.where(steps == last, scores[:, None], 0)
     return torch.where(mask, rewards, 0)
+
+
+def sequence_kl_loss(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The leash as a loss: its expected gradient is that of the KL of whole texts, its value is no KL.
+
+        L = (1/B) Σ_b Σ_t log π(a_t|s_t) · D_t,   D_t = Σ_{t'≥t} (log π − log π_ref)(a_t'|s_t') held constant
+                                                                                                        (Eq. 11.1)
+
+    log_probs, ref_log_probs, mask (B, T) of texts that the policy drew -> (). E[∇L] = ∇KL(π(y|x) ‖ π_ref(y|x)): what
+    k1 in the reward gives, with each token charged for the tolls that it can still influence. Raises ValueError for
+    unequal shapes.
+    Source: Tang & Munos 2025, "On a few pitfalls in KL divergence gradient estimation for RL".
+    """
+    tolls = reward_to_go(sampled_kl(log_probs, ref_log_probs, kind="k1"), mask, gamma=1.0)
+    return policy_gradient_loss(log_probs, -tolls, mask)  # which holds its weights constant
 
 
 def best_of_n_bound(n: int) -> float:

@@ -216,7 +216,7 @@ def ids_log_probs(
 def pass_at_k(correct: Tensor, k: int) -> Tensor:
     """Chance that at least one of k samples is right, estimated without bias from n >= k samples of each prompt.
 
-        pass@k = 1 − C(n − c, k) / C(n, k),   c the number of right ones
+        pass@k = 1 − C(n − c, k) / C(n, k),   c the number of right ones                               (Eq. 15.1)
 
     It counts the ways to choose k of the n samples that hold no right one, where 1 − (1 − c/n)^k would be too low.
     correct: (N, n) bool, or 0 and 1 -> (N,) float64. The counts are whole numbers, so only the division rounds.

@@ -101,11 +101,18 @@ def sample_corpus(n: int, generator: torch.Generator, *, right: float = 1.0) -> 
 # --- The checker --------------------------------------------------------------------------------
 
 
-def correct(prompts: Sequence[str], responses: Sequence[str], ended: Iterable[bool] | None = None) -> Tensor:
-    """1.0 where a response is right, else 0.0: B prompts, B responses -> (B,) float32.
+def is_right(prompt: str, response: str, ended: bool = True) -> bool:
+    """Whether a response is the sum's digits, one space between them, and nothing else, and has ended.
 
-    Right is the sum's digits, one space between them, and nothing else: no leading zero, no other space. ended: whether
-    each response ended, as a trainer says it; one that did not is wrong, whatever it says so far.
+    No leading zero, no other space. Raises ValueError for a prompt that is no sum.
+    """
+    return bool(ended) and response == answer(prompt)
+
+
+def correct(prompts: Sequence[str], responses: Sequence[str], ended: Iterable[bool] | None = None) -> Tensor:
+    """1.0 where a response is right, else 0.0 (`is_right`): B prompts, B responses -> (B,) float32.
+
+    ended: whether each response ended, as a trainer says it; one that did not is wrong, whatever it says so far.
     Raises ValueError if lengths differ or a prompt is no sum.
     """
     ended = [True] * len(responses) if ended is None else list(ended)
@@ -114,9 +121,7 @@ def correct(prompts: Sequence[str], responses: Sequence[str], ended: Iterable[bo
         raise ValueError(f"prompts and responses must be lists of str; got {prompts!r:.40} and {responses!r:.40}")
     if len(set(lengths.values())) > 1:
         raise ValueError(f"prompts, responses and ended must have equal lengths; got {lengths}")
-    verdicts = [bool(done) and given == answer(asked)
-                for asked, given, done in zip(prompts, responses, ended, strict=True)]  # fmt: skip
-    return torch.tensor(verdicts, dtype=torch.float32)
+    return torch.tensor([*map(is_right, prompts, responses, ended)], dtype=torch.float32)
 
 
 def build_tokenizer() -> "PreTrainedTokenizerFast":

@@ -197,6 +197,14 @@ LOSS_MISTAKES = {
     "the critic's error is subtracted": [(LOSS, LOSS.replace("+ config.vf", "- config.vf"))],
     "padding is counted in the mean entropy": [
         ("(log_p.exp() * log_p).sum(-1)[mask].mean()", "((log_p.exp() * log_p).sum(-1) * mask).mean()")],
+    "sum over the real tokens alone": [
+        ("(log_p.exp() * log_p).sum(-1)[mask].mean()", "(log_p.exp() * log_p).sum(-1).mean()")],
+    "runs over all real tokens together": [
+        ("(log_p.exp() * log_p).sum(-1)[mask].mean()", "((log_p.exp() * log_p).sum(-1) * mask).sum(1).mean()")],
+    "H sums −π log π over the vocabulary": [("-(log_p.exp() * log_p).sum(-1)[mask].mean()", "-log_probs[mask].mean()")],
+    "not divided by config.temperature": [("(logits / config.temperature)", "logits")],
+    "by the temperature twice": [("(logits / config.temperature)", "(logits / config.temperature**2)")],
+    "value_loss: padding is counted in the mean": [(VALUE, "0.5 * errors.mean()")],
     "no gradient comes back": [("return policy_loss", "loss = loss.detach()\n    return policy_loss")],
     "part of the critic": [(LOSS, LOSS.replace("value_loss", "value_loss.detach()"))],
     "part of the policy": [(LOSS, LOSS.replace("policy_loss", "policy_loss.detach()"))],
@@ -236,7 +244,16 @@ STEP_MISTAKES = {
                       "            elif torch.rand(1) < 2: nn.Identity()\n"
                       "        if epoch == 1: optimizer.step()\n")],
     "other rows": [(LOOP, LOOP.replace("generator", "torch.Generator().manual_seed(99)"))],
-    "already differs": [(AT_LOSS, "loss = my_losses(policy, part, config)[0]")],
+    "only the policy's loss": [(AT_LOSS, "loss = my_losses(policy, part, config)[0]")],
+    "only the critic's loss": [(AT_LOSS, "loss = my_losses(policy, part, config)[1]")],
+    "have changed places": [("rewards, advantages, returns = my_credit", "rewards, returns, advantages = my_credit")],
+    "it points in another direction": [("my_credit(facts, values, config)\n    batch",
+                                        "my_credit(facts, 0 * values, config)\n    batch")],
+    "clip_grad_norm_ is to see all": [(CLIP, CLIP.replace("policy.parameters()", "policy.value_head.parameters()"))],
+    "its norm is 0.20 where 0.4": [(CLIP, CLIP.replace("config.max_grad_norm", "config.max_grad_norm / 2"))],
+    "it is 0 everywhere": [("            loss.backward()\n", "")],
+    "NaN or infinity": [("loss.backward()", "(loss * float('nan')).backward()")],
+    "not written yet": [(AT_LOSS, "loss = NotImplemented[-1]")],
     "does anything else write": [("    for epoch in range(config.ppo_epochs):\n        for part",
                                   "    for epoch in range(config.ppo_epochs + 1):\n"
                                   "        if epoch == config.ppo_epochs:\n"
@@ -263,12 +280,11 @@ def test_every_known_mistake_is_told_from_the_others_and_from_the_truth():
     with torch.no_grad():
         x = capstone.spelled_out(b.moved, batch, capstone.CONFIG)
     right, _ = capstone.package_losses(b, batch)
-    padded = capstone.over_all(x["entropy"], batch.response_mask)
     tables = [(tuple(wrong(b)), getattr(b.batch, stage)) for stage, wrong in capstone.CREDIT.items()]
     tables += [
         (tuple(capstone.wrong_policy_losses(batch, x, capstone.CONFIG)), right["policy_loss"]),
         (tuple(capstone.wrong_value_losses(batch, x, capstone.CONFIG)), right["value_loss"]),
-        (tuple(capstone.wrong_wholes(right, capstone.CONFIG, padded)), right["loss"]),
+        (tuple(capstone.wrong_wholes(right, batch, x, capstone.CONFIG)), right["loss"]),
     ]
     for known, truth in tables:
         for i, mistake in enumerate(known):

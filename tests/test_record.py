@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_lessons import tiny_sums
 from rlhf_lessons.app.options import build_parser, settings_from
 from rlhf_lessons.app.run_folder import read_metrics, summary_table
 from rlhf_lessons.config import PPOConfig
@@ -39,6 +40,7 @@ def test_shipped_models_behave_as_they_are_said_to():
     assert measured["perplexity"] == pytest.approx(5.63, abs=record.TOLERANCES["perplexity"])
     assert measured["accuracy"] == pytest.approx(0.722, abs=record.TOLERANCES["accuracy"])
     assert measured["gold"] == pytest.approx(1.75, abs=record.TOLERANCES["gold"])
+    assert measured["pass@1"] == pytest.approx(0.19, abs=record.TOLERANCES["pass@1"])
 
 
 @pytest.mark.parametrize("seed", record.SEEDS)
@@ -116,15 +118,60 @@ def test_the_shipped_models_come_from_the_commands_that_are_typed(monkeypatch, t
             (folder / made / "from").write_text(name)
 
     monkeypatch.setattr(record, "type_in", type_in)
-    monkeypatch.setattr(record, "build_sums_model", lambda folder: None)  # by no command, and for minutes
+    monkeypatch.setattr(
+        record, "build_sums_model", lambda folder: (folder.mkdir(), (folder / "from").write_text("sums"))
+    )
     record.build_assets(tmp_path)
-    assert {path.name: (path / "from").read_text() for path in tmp_path.iterdir()} == {n: n for n in record.MADE}
+    names = [*record.MADE, "sums"]
+    assert {path.name: (path / "from").read_text() for path in tmp_path.iterdir()} == {n: n for n in names}
     (pretrain, run), config = typed, load_causal_lm(ASSETS / "base").config
     sizes = dict(layers=config.n_layer, width=config.n_embd, heads=config.n_head, context=config.n_positions)
     assert settings_of(pretrain) == settings_of(["pretrain"]) | sizes | dict(
         lm_epochs=1.0, lm_batch_size=64, lm_learning_rate=4e-3, seed=1
     )
     assert settings_of(run) == settings_of(["run"])
+
+
+def test_the_model_of_sums_is_trained_on_what_the_recorder_says(monkeypatch, tmp_path):
+    small = ({"texts": 64, "right": 1.0, "learning_rate": 1e-3}, {"texts": 64, "right": 0.25, "learning_rate": 1e-3})
+    fits, fit = [], record.fit_language_model
+    monkeypatch.setattr(record, "SUMS_FITS", small)
+    monkeypatch.setattr(record, "fit_language_model", lambda *a, **kw: fits.append((a[1], kw)) or fit(*a, **kw))
+    record.build_sums_model(tmp_path)
+    shares = [sum(text.split("= ")[1] == tiny_sums.answer(text.split("=")[0] + "=") for text in texts) / 64
+              for texts, _ in fits]  # fmt: skip
+    assert shares[0] == 1 and 0.05 < shares[1] < 0.5 and {kw["seed"] for _, kw in fits} == {2}
+    made, shipped = (json.loads((at / "config.json").read_text()) for at in (tmp_path, ASSETS / "sums"))
+    assert made | {"transformers_version": ""} == shipped | {"transformers_version": ""}
+
+
+SUMS = json.loads((ROOT / "figures" / "tiny_sums" / "sums.json").read_text(encoding="utf-8"))
+
+
+def test_the_recorded_runs_on_sums_were_made_with_the_settings_of_today():
+    assert SUMS["settings"] == record.SUMS_SETTINGS
+    assert SUMS["before"] == record.pass_at(load_causal_lm(ASSETS / "sums"))
+
+
+@pytest.mark.parametrize("seed", record.SEEDS)
+def test_the_recorded_runs_on_sums_solve_most_of_what_they_were_not_trained_on(seed):
+    run = SUMS["runs"][seed]
+    assert run["seed"] == seed and run["seconds"] < 60
+    for split in tiny_sums.SPLITS:
+        curve = run["pass@1"][split]
+        assert len(curve) == 61 and curve[0] == SUMS["before"][split]["1"] < 0.3
+        assert curve[-1] == run["after"][split]["1"] > 0.85
+        assert min(SUMS["before"][split]["64"], run["after"][split]["64"]) > 0.95
+
+
+def test_a_run_on_sums_is_recorded(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "SUMS_SETTINGS", record.SUMS_SETTINGS | {"num_iterations": 1})
+    record.sums(tmp_path, seeds=(0,))
+    made = json.loads((tmp_path / "sums.json").read_text(encoding="utf-8"))
+    assert made["before"] == SUMS["before"] and made["runs"][0].keys() == SUMS["runs"][0].keys()
+    assert (
+        made["runs"][0]["pass@1"]["train"][0] == SUMS["before"]["train"]["1"] < made["runs"][0]["after"]["train"]["1"]
+    )
 
 
 def test_finished_runs_are_left_as_they_are(tmp_path):
@@ -139,14 +186,16 @@ def test_what_is_asked_for_is_made_where_it_is_asked_for(monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(record, "figures", lambda folder: made.append(("figures", folder)))
     monkeypatch.setattr(record, "rebuild_assets", lambda folder: made.append(("assets", folder)))
-    assert [record.main([what]) for what in ("figures", "assets")] == [0, 0]
+    monkeypatch.setattr(record, "sums", lambda folder: made.append(("sums", folder)))
+    assert [record.main([what]) for what in ("figures", "assets", "sums")] == [0, 0, 0]
     assert record.main(["assets", "--out", str(tmp_path)]) == 0
-    assert made == [("figures", ROOT / "figures"), ("assets", Path("runs/assets")), ("assets", tmp_path)]
+    default = [("figures", ROOT / "figures"), ("assets", Path("runs/assets")), ("sums", ROOT / "figures" / "tiny_sums")]
+    assert made == [*default, ("assets", tmp_path)]
 
 
 def test_rebuilt_models_that_differ_are_an_error(monkeypatch, tmp_path, capsys):
-    same = {"perplexity": 5.0, "gold": 1.7, "pass@1": 0.2}
-    measured = iter([same | {"accuracy": 0.7}, same | {"accuracy": 0.75}])
+    shipped = {"perplexity": 5.0, "accuracy": 0.7, "gold": 1.7, "pass@1": 0.2}
+    measured = iter([shipped, shipped | {"accuracy": 0.75}])
     monkeypatch.setattr(record, "build_assets", lambda folder: None)
     monkeypatch.setattr(record, "measure_assets", lambda folder: next(measured))
     assert record.main(["assets", "--out", str(tmp_path)]) == 2

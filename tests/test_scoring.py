@@ -187,6 +187,7 @@ def test_batches_change_no_probability(make_lm, tokenizer):
         text_log_probs(lm, tokenizer, [], [])
 
 
+@pytest.mark.equation("15.1")
 def test_pass_at_k_known_by_hand():
     rows = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1]])
     assert pass_at_k(rows, 1).tolist() == [0, 1 / 4, 2 / 4, 1]

@@ -1,4 +1,4 @@
-"""The tiny world of sums: its split, its texts, its checker, its tokenizer."""
+"""The tiny world of sums: its split, its texts, its checker, its tokenizer, and the model that is shipped for it."""
 
 import re
 
@@ -6,6 +6,13 @@ import pytest
 import torch
 
 from rlhf_lessons import tiny_sums as ts
+from rlhf_lessons.config import GRPOConfig
+from rlhf_lessons.generation import respond
+from rlhf_lessons.group_trainers import GRPOTrainer
+from rlhf_lessons.models import ASSETS, load_causal_lm, load_tokenizer
+from rlhf_lessons.scoring import text_log_probs
+
+SUMS = ASSETS / "sums"
 
 
 def generator(seed=0):
@@ -139,3 +146,58 @@ def test_the_longest_answer_fits():
     tokenizer = ts.build_tokenizer()
     lengths = [len(tokenizer(ts.answer(p)).input_ids) for split in ts.SPLITS for p in ts.problems(split)]
     assert max(lengths) == ts.MAX_RESPONSE_TOKENS  # <bos> in EOS's place
+
+
+# --- The shipped model, and what GRPO makes of it -----------------------------------------------
+
+
+def chances(lm, split):
+    """The exact probability of the right answer to each sum of a split."""
+    prompts = ts.problems(split)
+    answers = [ts.answer(prompt) for prompt in prompts]
+    return text_log_probs(lm, ts.build_tokenizer(), prompts, answers, batch_size=len(prompts)).double().exp()
+
+
+@pytest.mark.parametrize("split", ts.SPLITS)
+def test_the_shipped_model_is_right_one_time_in_five_and_hardly_ever_wrong_64_times(split):
+    p = chances(load_causal_lm(SUMS), split)
+    assert 0.17 < p.mean() < 0.21 and p.min() > 0.01
+    assert (1 - (1 - p) ** 64).mean() > 0.995
+
+
+def test_the_shipped_model_reads_with_the_world_s_tokenizer():
+    assert load_tokenizer(SUMS).get_vocab() == ts.build_tokenizer().get_vocab()
+    assert sum(p.numel() for p in load_causal_lm(SUMS).parameters()) == 228_480
+    assert sum(path.stat().st_size for path in SUMS.iterdir()) < 1_000_000
+
+
+def test_samples_of_the_shipped_model_are_right_as_often_as_its_probabilities_say():
+    lm, prompts = load_causal_lm(SUMS), ts.problems("held_out") * 4
+    responses = respond(lm, load_tokenizer(SUMS), prompts, max_new_tokens=3, generator=generator())
+    right = ts.correct(prompts, responses).view(4, -1).mean(dim=0).double()
+    p = chances(lm, "held_out")
+    assert abs(right.mean() - p.mean()) < 4 * (p * (1 - p) / 4).sum().sqrt() / len(p)
+
+
+def trained(seed, iterations):
+    """The shipped model after GRPO on the training sums, with the settings of the recorded runs."""
+    lm, reference = load_causal_lm(SUMS), load_causal_lm(SUMS)
+    config = GRPOConfig(
+        num_iterations=iterations, batch_size=512, samples_per_prompt=16, minibatch_size=128, ppo_epochs=1,
+        max_new_tokens=ts.MAX_RESPONSE_TOKENS, learning_rate=3e-4, kl_coef=0.0, missing_eos_penalty=0.0, seed=seed,
+        device="cpu",
+    )  # fmt: skip
+    GRPOTrainer(config, lm, reference, ts.correct, ts.problems("train"), load_tokenizer(SUMS)).train()
+    return lm
+
+
+def test_a_short_run_on_training_sums_raises_accuracy_on_held_out_ones():
+    assert chances(trained(seed=0, iterations=6), "held_out").mean() > 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_whole_run_solves_most_held_out_sums(seed):
+    p = chances(trained(seed, iterations=60), "held_out")
+    assert p.mean() > 0.85
+    assert (1 - (1 - p) ** 64).mean() > 0.95

@@ -18,7 +18,11 @@ from rlhf_lessons.checks.lesson_07 import clipped_policy_loss, max_for_min
 from rlhf_lessons.checks.lesson_08 import late_score, sampled_kl, shaped_rewards
 from rlhf_lessons.checks.lesson_09 import left_padding, value_head
 from rlhf_lessons.checks.lesson_10 import aligned_by_you, diagnose, faulty_runs, healthy_run
+from rlhf_lessons.checks.lesson_11 import kl_loss, other_way
+from rlhf_lessons.checks.lesson_12 import group_advantages, one_scale_for_all
+from rlhf_lessons.checks.lesson_13 import dpo_loss, lost_reference
 from rlhf_lessons.checks.lesson_14 import best_of_n, same_sample_twice
+from rlhf_lessons.checks.lesson_15 import is_right, own_question
 
 __all__ = [
     "FAULTS",
@@ -28,21 +32,29 @@ __all__ = [
     "bradley_terry_loss",
     "clipped_policy_loss",
     "diagnose",
+    "dpo_loss",
     "faulty_runs",
     "four_models",
     "gae",
     "gradient_through_return",
+    "group_advantages",
     "healthy_run",
     "importance_ratio",
+    "is_right",
+    "kl_loss",
     "last_real_token",
     "late_score",
     "left_padding",
+    "lost_reference",
     "max_for_min",
     "missing_support",
     "my_credit",
     "my_losses",
     "my_step",
     "next_episode",
+    "other_way",
+    "own_question",
+    "one_scale_for_all",
     "peeking_baseline",
     "policy_gradient_loss",
     "reward_to_go",

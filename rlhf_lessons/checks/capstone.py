@@ -8,6 +8,7 @@ written into the code instead of being read from `config` shows.
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -128,6 +129,8 @@ def called(name: str, function: object, *arguments: object) -> object:
     except Hint:
         raise
     except Exception as error:  # whatever the learner's code raises is to be reported
+        if "NotImplementedType" in str(error):
+            raise Hint(f"{name} calls a function that is not written yet: it returned NotImplemented.") from error
         raise Hint(error_hint(error)) from error
 
 
@@ -298,7 +301,7 @@ def refuse_changes(facts: Rollout, before: Rollout) -> None:
 
 
 def spelled_out(policy: nn.Module, batch: RolloutBatch, config: PPOConfig) -> dict[str, Tensor]:
-    """What a loss is made of: log-probabilities and values of the tokens, also where they are read one step late."""
+    """What a loss is made of: log-probabilities, values and entropies of the tokens, some also as they are misread."""
     length = batch.response_mask.shape[1]
     logits, values = policy_outputs(
         policy, batch.tokens, batch.attention_mask, length=length, temperature=config.temperature
@@ -307,6 +310,8 @@ def spelled_out(policy: nn.Module, batch: RolloutBatch, config: PPOConfig) -> di
     return {
         "log_probs": action_log_probs(logits, batch.responses),
         "late": action_log_probs(late_logits / config.temperature, batch.responses),
+        "undivided": action_log_probs(logits * config.temperature, batch.responses),
+        "divided_twice": action_log_probs(logits / config.temperature, batch.responses),
         "values": values,
         "late_values": policy.values(batch.tokens, batch.attention_mask, keep=length),
         "entropy": entropy(logits),
@@ -325,6 +330,11 @@ def surrogate(
 def over_all(x: Tensor, mask: Tensor) -> Tensor:
     """The mean that counts padding, as if it were zeros."""
     return torch.where(mask, x, 0).mean()
+
+
+def everywhere(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean that counts padding with whatever stands there."""
+    return x.mean()
 
 
 def over_rows(x: Tensor, mask: Tensor) -> Tensor:
@@ -373,6 +383,10 @@ def wrong_policy_losses(batch: RolloutBatch, x: Mapping[str, Tensor], config: PP
         yield Known(name, surrogate(d, a, mask, eps, average=average), hint)
     yield Known("positions not shifted", surrogate(late, a, mask, eps), "the log-probabilities are read one position "
                 "late: the logits at position t belong to token t + 1. rollout.policy_outputs shifts.")  # fmt: skip
+    yield Known("temperature ignored", surrogate(x["undivided"] - batch.log_probs, a, mask, eps), "the logits are not "
+                "divided by config.temperature, at which the tokens were sampled.")  # fmt: skip
+    yield Known("temperature twice", surrogate(x["divided_twice"] - batch.log_probs, a, mask, eps), "the logits are "
+                "divided by the temperature twice: rollout.policy_outputs has done so already.")  # fmt: skip
     yield Known("old replaced by new", surrogate(0 * d, a, mask, eps), "the ratio is 1 everywhere: the old "
                 "log-probabilities were computed anew from the policy. They are a fact of the batch, "
                 "batch.log_probs.")  # fmt: skip
@@ -411,7 +425,7 @@ def wrong_value_losses(batch: RolloutBatch, x: Mapping[str, Tensor], config: PPO
     for eps in {config.clip_eps, PPOConfig().value_clip_eps}:
         yield Known("another ε", critic_loss(v, old, target, mask, eps), "the critic has a clip range of its own: read "
                     "config.value_clip_eps.")  # fmt: skip
-    for name, average, hint in MEANS:
+    for name, average, hint in (*MEANS, ("padding as it stands", everywhere, MEANS[0][-1])):
         yield Known(name, of(v, old, target, average=average), hint)
     yield Known("positions not shifted", of(x["late_values"], old, target), "the values are read one position late: "
                 "V_t is of the state before token t. rollout.policy_outputs shifts.")  # fmt: skip
@@ -420,7 +434,9 @@ def wrong_value_losses(batch: RolloutBatch, x: Mapping[str, Tensor], config: PPO
     yield Known("target is Â", of(v, old, batch.advantages), "the critic is to learn the returns, not the advantages.")
 
 
-def wrong_wholes(right: Mapping[str, Tensor], config: PPOConfig, padded_entropy: Tensor) -> Iterator[Known]:
+def wrong_wholes(
+    right: Mapping[str, Tensor], batch: RolloutBatch, x: Mapping[str, Tensor], config: PPOConfig
+) -> Iterator[Known]:
     p, v, h = (right[name] for name in ("policy_loss", "value_loss", "entropy"))
     c_v, c_h = config.vf_coef, config.ent_coef
     yield Known("entropy added", p + c_v * v + c_h * h, "the entropy is added to the loss, so it is driven out. A "
@@ -432,7 +448,14 @@ def wrong_wholes(right: Mapping[str, Tensor], config: PPOConfig, padded_entropy:
                 "read config.vf_coef.")  # fmt: skip
     yield Known("½ twice", p + c_v * v / 2 - c_h * h, "the critic's ½ is applied twice.")
     yield Known("critic maximised", p - c_v * v - c_h * h, "the critic's error is subtracted: it would be made larger.")
-    yield Known("entropy of padding", p + c_v * v - c_h * padded_entropy, "padding is counted in the mean entropy.")
+    for name, average, _ in (*MEANS, ("padding as it stands", everywhere, "")):
+        hint = "a sum or a mean was taken in each row first: the mean entropy runs over all real tokens together."
+        if average in (over_all, everywhere):
+            hint = "padding is counted in the mean entropy: sum over the real tokens alone, and divide by their number."
+        yield Known(f"entropy: {name}", p + c_v * v - c_h * average(x["entropy"], batch.response_mask), hint)
+    surprise = masked_mean(-x["log_probs"], batch.response_mask)
+    yield Known("entropy of the sampled tokens", p + c_v * v - c_h * surprise, "in the entropy's place stands −log π "
+                "of the sampled tokens. H sums −π log π over the vocabulary (policy_gradient.entropy).")  # fmt: skip
 
 
 def my_losses(function: Callable) -> None:
@@ -454,7 +477,7 @@ def my_losses(function: Callable) -> None:
     tables = {
         "policy_loss": tuple(wrong_policy_losses(batch, x, CONFIG)),
         "value_loss": tuple(wrong_value_losses(batch, x, CONFIG)),
-        "loss": tuple(wrong_wholes(right, CONFIG, over_all(x["entropy"], batch.response_mask))),
+        "loss": tuple(wrong_wholes(right, batch, x, CONFIG)),
     }
     for stage in names:
         compare(stage, answers[stage], right[stage], tables[stage])
@@ -538,7 +561,7 @@ class Trace:
     def first_difference(self, other: "Trace") -> int | None:
         """The first step whose gradients are not the same."""
         pairs = enumerate(zip(self.gradients, other.gradients, strict=False))
-        return next((i for i, (a, b) in pairs if float((a - b).norm()) > 1e-2 * float(b.norm())), None)
+        return next((i for i, (a, b) in pairs if not float((a - b).norm()) <= 1e-2 * float(b.norm())), None)
 
 
 def traced(step: Callable, config: PPOConfig) -> tuple[Trace, object]:
@@ -572,6 +595,8 @@ def faulty_step(
         return ppo_credit(facts, values, config=config, kl_coef=config.kl_coef)
 
     batch = credited()
+    if fault == "swapped":
+        batch = replace(batch, advantages=batch.returns, returns=batch.advantages)
     size = config.batch_size if fault == "whole batch" else config.minibatch_size
     for epoch in range(1 if fault == "one epoch" else config.ppo_epochs):
         if fault == "credit anew" and epoch > 0:
@@ -585,7 +610,8 @@ def faulty_step(
                     part = replace(part, log_probs=spelled_out(policy, part, config)["log_probs"])
             if fault != "no zero_grad":
                 optimizer.zero_grad()
-            loss = sum(terms_of(policy, part, config).values())
+            terms = terms_of(policy, part, config)
+            loss = terms[fault.split()[0]] if fault in ("policy alone", "critic alone") else sum(terms.values())
             (-loss if fault == "uphill" else loss).backward()
             if fault == "clip by value":
                 nn.utils.clip_grad_value_(policy.parameters(), config.max_grad_norm)
@@ -619,6 +645,12 @@ STEP_FAULTS = {
     "old log-probs anew": "the old log-probabilities are computed anew for each minibatch, so the ratio is always 1 "
     "and nothing is ever clipped. They stay those of the facts, facts.log_probs.",
     "whitened again": "the advantages are whitened again in each minibatch. That is done once, over the whole batch.",
+    "policy alone": "only the policy's loss is differentiated, so the critic learns nothing. The whole loss is the "
+    "third that my_losses returns.",
+    "critic alone": "only the critic's loss is differentiated, so nobody asks the policy to earn more. The whole loss "
+    "is the third that my_losses returns.",
+    "swapped": "advantages and returns have changed places. my_credit returns rewards, advantages, returns, in this "
+    "order.",
     "step left out": "nothing has moved: optimizer.step() was never called.",
 }
 
@@ -665,12 +697,10 @@ def step_hint(trace: Trace, right: Trace, config: PPOConfig) -> str:
     taken, wanted = len(trace.gradients), len(right.gradients)
     at = trace.first_difference(right)
     if at == 0 and config.minibatch_size == config.batch_size:
-        a, b = trace.gradients[0], right.gradients[0]
-        cosine = float(torch.cosine_similarity(a, b, dim=0))
         return (
-            f"the gradient already differs: its norm is {a.norm():.4f}, the trainer's {b.norm():.4f}, the cosine "
-            f"between them {cosine:.3f}. If my_credit and my_losses are correct, look at what the step hands to them: "
-            "values before the first step, config as it came, the whole loss."
+            f"the gradient already differs: {apart(trace.gradients[0], right.gradients[0], config.max_grad_norm)} If "
+            "my_credit and my_losses are correct, look at what the step hands to them: values before the first step, "
+            "config as it came, the whole loss."
         )
     if taken != wanted:
         return f"the optimiser made {taken} steps; {wanted} are wanted, epochs times minibatches."
@@ -685,3 +715,25 @@ def step_hint(trace: Trace, right: Trace, config: PPOConfig) -> str:
             "policy alone: facts, values, advantages and returns stay as they were."
         )
     return "the gradients are right, but the parameters at the end are not: does anything else write to them?"
+
+
+def apart(gradient: Tensor, right: Tensor, max_norm: float) -> str:
+    """In words, how a gradient differs from the right one, whose norm is `max_norm`, as it was scaled down to it."""
+    if not gradient.isfinite().all():
+        return "there is NaN or infinity in it."
+    norm = float(gradient.norm())
+    if norm == 0:
+        return "it is 0 everywhere, as if nothing had been differentiated."
+    if norm > 1.01 * max_norm:
+        return (
+            f"its norm is {norm:.2f}, more than config.max_grad_norm = {max_norm:g}. clip_grad_norm_ is to see all of "
+            "policy.parameters() at once, after backward()."
+        )
+    chord = (gradient.double() / gradient.double().norm() - right.double() / right.double().norm()).norm()
+    angle = f"{math.degrees(2 * math.asin(min(float(chord) / 2, 1))):.1f} degrees"
+    if norm > 0.99 * max_norm:
+        return (
+            f"it points in another direction, {angle} off the trainer's. (Lengths tell nothing here: both were scaled "
+            "down to config.max_grad_norm.)"
+        )
+    return f"its norm is {norm:.2f} where {max_norm:g} is wanted, and its direction is {angle} off the trainer's."

@@ -121,7 +121,8 @@ def four_models(answers: dict) -> None:
     first_misconception(FOUR_MODELS, answers)
     for key, model in TRACE.items():
         if answers.get(key) not in (None, model):
-            raise Hint(f"{key}: not the {answers[key]}. Who ran last before it appeared in the trace?")
+            said = "reward model" if answers[key] == "reward" else answers[key]
+            raise Hint(f"{key}: not the {said}. Which box of the figure of the four models does it come out of?")
     if answers.get("trained") is not None and set(answers["trained"]) != TRAINED:
         raise Hint("trained: not these. Whose parameters does PPO's optimiser hold?")
     report("four_models", so_far(open_ones))

@@ -139,6 +139,12 @@ action_log_probs = Check(
             "Ordinary logits are right, logits hundreds apart are not: the probability that you pick has been rounded "
             "to 0, and its logarithm is −∞. log_softmax, or z − logsumexp z, never holds the probability itself.",
         ),
+        Wrong(
+            "exponentials summed",
+            lambda z, a: picked(z, a) - z.exp().sum(-1).log(),
+            "Ordinary logits are right, logits hundreds apart are not: e^300 overflows to ∞ in float32. z.logsumexp "
+            "takes the largest logit out first.",
+        ),
         *with_epsilon(
             lambda eps: lambda z, a: (picked(z.softmax(-1), a) + eps).log(),
             "log_softmax is exact without it.",
@@ -198,7 +204,7 @@ shift_by_one = Check(
         'tokens surprising, "the" at −9.80 where −0.20 was recorded. '
         "In training, old and new log-probabilities would be wrong alike: the first ratio is 1 all the same, and the "
         "gradient teaches something else. In a log, compare the mean log-probability with minus the entropy of the "
-        "policy: on its own samples the two must agree."
+        "policy: on its own samples the two agree on average."
     ),
     wrong=(
         Wrong(
@@ -270,6 +276,12 @@ shift_by_one = Check(
             lambda z, y, p: picked(z[:, :-1].log_softmax(-1), y[:, :-1]),
             "The logits are cut as they should be, and so are the tokens: each token is now looked up in the logits "
             "computed after it.",
+        ),
+        Wrong(
+            "the tokens shifted instead",
+            lambda z, y, p: picked(z[:, p:].log_softmax(-1), y[:, p - 1 : -1]),
+            "You move the tokens, and the wrong way: now each is two positions from the logits it was drawn from. "
+            "Leave the tokens of the response where they are, and move the logits.",
         ),
     ),
 )

@@ -98,8 +98,8 @@ bradley_terry_loss = Check(
         Wrong(
             "log of sigmoid",
             lambda chosen, rejected: -torch.sigmoid(chosen - rejected).log().mean(),
-            "Ordinary scores are right, scores hundreds apart are not: sigmoid rounds to 0 there and its "
-            "logarithm is −∞. F.logsigmoid does both in one stable step.",
+            "Ordinary scores are right, scores hundreds apart are not: sigmoid rounds to 0 there (1 + e^(−margin) "
+            "overflows), and the loss is ∞. F.logsigmoid takes both steps in one and stays finite.",
         ),
         Wrong(
             "every chosen with every rejected",
@@ -146,6 +146,12 @@ bradley_terry_loss = Check(
             lambda c, r: -torch.stack([c, r], -1).log_softmax(0)[..., 0].mean(),
             "The probabilities are taken over the pairs, not over the two answers of a pair: the softmax has the "
             "wrong dimension.",
+        ),
+        Wrong(
+            "log-sigmoids subtracted",
+            lambda c, r: -(F.logsigmoid(c) - F.logsigmoid(r)).mean(),
+            "You subtract after the logarithm of the sigmoid. The difference of the two scores comes first, inside it: "
+            "log σ(chosen − rejected).",
         ),
         *with_epsilon(
             lambda eps: lambda c, r: -(torch.sigmoid(c - r) + eps).log().mean(),
@@ -261,6 +267,12 @@ last_real_token = Check(
             "the largest real score",
             lambda s, m: torch.where(m, s, -torch.inf).amax(1),
             "You take the largest score of a real token. Where it stands says nothing; wanted is that of the last one.",
+        ),
+        Wrong(
+            "every row's end in every row",
+            lambda s, m: s[:, m.sum(1) - 1],
+            "s[:, i] reads all the positions i from every row, (B, B). Each row has a position of its own: "
+            "s[torch.arange(B), i], or gather.",
         ),
         Wrong(
             "the first position",

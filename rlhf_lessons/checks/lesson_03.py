@@ -254,6 +254,26 @@ gradient_through_return = Check(
             "The return is constant now, but it holds the mean of the bonuses where it held their sum.",
         ),
         Wrong(
+            "half the bonus",
+            lambda lp, scores, *, bonus: surprise_terms(lp, scores - bonus / 2 * lp.sum(1)),
+            "The policy would settle where it should, since the gradient through half the bonus doubles it. But the "
+            "loss has another value now, of a return that nobody was paid. Leave the bonus; hold the return constant.",
+        ),
+        Wrong(
+            "only the bonuses to come",
+            lambda lp, scores, *, bonus: (
+                -(lp * (scores[:, None] - bonus * lp.detach().flip(1).cumsum(1).flip(1))).sum(1).mean()
+            ),
+            "Each step is weighted with the bonuses from it on. That is right on average, as lesson 04 proves, but "
+            "here the value must not change: the whole return weights every step.",
+        ),
+        Wrong(
+            "the bonus beside the return",
+            lambda lp, scores, *, bonus: surprise_terms(lp, scores) + bonus * lp.sum(1).mean(),
+            "The bonus has become a term of its own. The gradient of Σ log π averages to 0, so it pays for nothing. "
+            "The bonus belongs in the return, as a number.",
+        ),
+        Wrong(
             "summed over the texts",
             lambda lp, scores, *, bonus: len(lp) * surprise_terms(lp, (scores - bonus * lp.sum(1)).detach()),
             "The return is constant now, but you sum over the texts where their mean is wanted.",

@@ -54,6 +54,17 @@ def summed(power: OfSteps, counts: OfSteps = lambda t, u: u >= t) -> Callable[..
     )
 
 
+def summed_in_float32(rewards: Tensor, mask: Tensor | None = None, *, gamma: float) -> Tensor:
+    """The right sum, with powers of γ that are rounded to float32."""
+    return power_sum(rewards, mask, lambda t, u: gamma ** (u - t).clamp(min=0))
+
+
+def divided_by_powers(rewards: Tensor, mask: Tensor | None = None, *, gamma: float) -> Tensor:
+    """The sum discounted from the start of the episode, divided by γ^t, which may be 0."""
+    powers = gamma ** torch.arange(rewards.shape[1])
+    return (real(rewards, mask) * powers).flip(1).cumsum(1).flip(1) / powers
+
+
 reward_to_go = Check(
     name="reward_to_go",
     reference=policy_gradient.reward_to_go,
@@ -81,6 +92,18 @@ reward_to_go = Check(
             "γ^(t'−t).",
         ),
         Wrong(
+            "divided by γ^t",
+            divided_by_powers,
+            "γ = 1 is right, γ = 0 is NaN: you discount from the episode's start and divide by γ^t, 0/0 there. The "
+            "recursion from the last step back needs no division.",
+        ),
+        Wrong(
+            "powers in single precision",
+            summed_in_float32,
+            "Right, but for rounding: gamma ** torch.arange(T) is float32, whatever the rewards are. Give arange the "
+            "dtype of the rewards.",
+        ),
+        Wrong(
             "discounted once too often",
             summed(lambda t, u: u - t + 1),
             "γ = 1 is right, γ = 0 is not: the step's own reward is discounted too, γ^(t'−t+1). It should count "
@@ -100,7 +123,8 @@ reward_to_go = Check(
         Wrong(
             "only one step ahead",
             summed(lambda t, u: u - t, lambda t, u: (u >= t) & (u <= t + 1)),
-            "You look one step ahead only. Is G_{t+1} in the recursion, or just r_{t+1}?",
+            "You look one step ahead only. Is G_{t+1} in the recursion, or just r_{t+1}, as in a loop that runs "
+            "forwards?",
         ),
         Wrong(
             "in reversed order",
@@ -194,8 +218,9 @@ peeking_baseline = Check(
     explains=(
         "The fault let each sample take part in its own baseline. Then what is left is (K−1)/K of what it should be: "
         "with K = 2 the direction was right, cosine 1.00, and the gradient half as long as the true one. So it went "
-        "unnoticed: a run learns, but as if its learning rate had been halved. No curve in a log says so; what does "
-        "is the gradient beside an exact one, or a test with two samples, 1 and 0, whose advantages must be 1 and −1."
+        "unnoticed: a run learns, but as if its learning rate had been halved, and Adam hides even that. No curve in a "
+        "log says so; what does is the gradient beside an exact one, or a test with two samples, 1 and 0, whose "
+        "advantages must be 1 and −1."
     ),
     wrong=(
         Wrong(

@@ -423,6 +423,18 @@ next_episode = Check(
             "second.",
         ),
         Wrong(
+            "only the value mended",
+            misread_ends(sum_ends=one_late),
+            "Half mended: V of the next state is cut at the right step, but the sum still reads the flag of the next "
+            "step, one too early.",
+        ),
+        Wrong(
+            "only the sum mended",
+            misread_ends(value_ends=one_late),
+            "Half mended: the sum is cut at the right step, but V of the next state in δ still reads the flag of the "
+            "next step.",
+        ),
+        Wrong(
             "the value not cut",
             misread_ends(value_ends=never),
             "The sum stops at an episode's end, but its last δ still contains V of the next episode's first "

@@ -178,8 +178,10 @@ missing_support = Check(
         "The fault looked for infinite weights among samples in which there are none: a value that q never gives is "
         "never drawn, so its weight never appears. The estimate came out at 0.90 ± 0.00 where the truth is 2.90. It "
         "is the worst kind of error: more samples only make it more certain, and the effective sample size looks "
-        "healthy. In PPO a sampler with top-k or top-p does this. Nothing in a log says so, since all of it is made "
-        "of what was sampled. Look at what was never sampled: does the policy give it any probability?"
+        "healthy. One number in a log tells: the weights' mean is 0.60, not 1, and the missing 0.40 is what p has "
+        "where q never goes. In PPO a sampler with top-k or top-p makes such holes, and there even this number looks "
+        "healthy as long as the stored log-probabilities are those of the whole softmax. Then look at what was never "
+        "sampled: does the policy give it any probability?"
     ),
     wrong=(
         Wrong(

@@ -368,8 +368,8 @@ late_score = Check(
         Wrong(
             "on the first pad, then masked",
             misread(place=FIRST_PAD_OR_END),
-            "The padding is 0 now, and the score has gone with it: it is still put one step late. Move it, do not "
-            "mask it.",
+            "The padding is 0 now, and the score has gone with it: it still stands behind the last real token. Move "
+            "it, do not mask it.",
         ),
         Wrong(
             "lost",

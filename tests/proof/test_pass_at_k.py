@@ -1,10 +1,12 @@
-"""Checkable rewards. pass@k from n samples, averaged over all outcomes of the n samples; and the probability of a right
-answer, by teacher forcing, against the sum over all texts that a GPT-2 over 4 tokens can give.
+"""Checkable rewards. pass@k from n samples, averaged over all outcomes of the n samples; the probability of a right
+answer, by teacher forcing, against the sum over all texts that a GPT-2 over 4 tokens can give; what a leash does to the
+odds of a right answer, and what a step does to the entropy.
 """
 
 import math
 from itertools import combinations, product
 
+import pytest
 import torch
 
 from proof.language_model import (
@@ -17,6 +19,8 @@ from proof.language_model import (
     sequence_log_probs,
     texts,
 )
+from rlhf_lessons.exact import optimal_policy
+from rlhf_lessons.policy_gradient import entropy
 from rlhf_lessons.scoring import pass_at_k, text_log_probs
 
 PROBABILITIES = (0.02, 0.25, 0.7)
@@ -35,6 +39,7 @@ def plugged_in(rows, k):
     return 1 - (1 - rows.double().mean(dim=1)) ** k
 
 
+@pytest.mark.equation("15.1")
 def test_the_estimate_of_pass_at_k_is_unbiased(claim):
     worlds = [(p, n, k) for p in PROBABILITIES for n in (1, 4, 16, 64) for k in (1, 4, 16, 64) if k <= n]
     exact = [1 - (1 - p) ** k for p, _, k in worlds]
@@ -50,6 +55,7 @@ def test_the_share_of_right_samples_in_p_s_place_is_not(claim):
     claim.biased("checkable.plugged_in", text, exact, found, 0.01, digits=4)
 
 
+@pytest.mark.equation("15.1")
 def test_the_estimate_is_the_mean_over_all_choices_of_k_samples(claim):
     """Counted one by one, with no binomial coefficient in it."""
     rows = torch.tensor(list(product([False, True], repeat=7)))
@@ -73,3 +79,41 @@ def test_the_probability_of_a_finished_text_needs_no_sample(claim):
     found = text_log_probs(lm, tokenizer, asked, responses * len(PROMPTS), batch_size=7)
     text = "teacher forcing, EOS included: log π(y|x) of every text that ends, two prompts of different lengths"
     claim.equal("checkable.text_log_probs", text, torch.cat(exact), found)
+
+
+def test_a_leash_multiplies_the_odds_of_a_right_answer(claim):
+    """Rewards 0 and 1, several texts right: all of them gain alike, and no prompt loses."""
+    generator = torch.Generator().manual_seed(3)
+    exact, found = [], []
+    for beta in (0.2, 1.0, 5.0):
+        law = torch.randn(12, generator=generator, dtype=torch.float64).log_softmax(-1)
+        right = torch.arange(12) < 3
+        best = optimal_policy(law, right.double(), kl_coef=beta).exp()
+        before, after = law.exp()[right].sum(), best[right].sum()
+        exact.append(torch.tensor(1 / beta, dtype=torch.float64))
+        found.append(torch.log(after / (1 - after) * (1 - before) / before))
+        assert after > before
+    text = "π* for rewards 0 and 1: the log-odds of a right answer grow by 1/β, for every prompt"
+    claim.equal("checkable.odds", text, exact, found, 1e-12)
+
+
+@pytest.mark.parametrize("natural", [False, True])
+def test_the_entropy_falls_by_a_covariance(claim, natural):
+    """Prompts drawn with chances d, answers of one token: the change of H along a step, by autograd and by formula."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(5, 7, generator=generator, dtype=torch.float64).requires_grad_()
+    rewards = (torch.rand(5, 7, generator=generator) < 0.4).double()
+    d = torch.rand(5, generator=generator, dtype=torch.float64).softmax(-1)
+    pi = logits.softmax(-1)
+    (uphill,) = torch.autograd.grad((d[:, None] * pi * rewards).sum(), logits, retain_graph=True)
+    advantages = (rewards - (pi * rewards).sum(1, keepdim=True)).detach()
+    step = advantages if natural else uphill
+    exact = (torch.autograd.grad(entropy(logits).sum(), logits)[0] * step).sum(1)
+    pi = pi.detach()
+    other = advantages if natural else d[:, None] * pi * advantages
+    found = -((pi * pi.log() * other).sum(1) - (pi * pi.log()).sum(1) * (pi * other).sum(1))
+    ways = ("vanilla", "−d(s) Cov(log π, π A)"), ("natural", "−Cov(log π, A)")
+    name, formula = ways[natural]
+    claim.equal(
+        f"checkable.entropy_{name}", f"{name} gradient: dH(s)/dη = {formula}, in every state", exact, found, 1e-12
+    )
