@@ -44,7 +44,7 @@ def optimal_baseline(score_norms_sq: Tensor, returns: Tensor) -> Tensor:
 def group_advantages(rewards: Tensor, group: Tensor, *, scale: str = "group") -> Tensor:
     """How much better a response was than the others to its prompt, on average.
 
-        A_i = (R_i − mean_g R) / σ,   σ = 1, the group's or the batch's standard deviation
+        A_i = (R_i − mean_g R) / σ,   σ = 1, the group's or the batch's standard deviation              (Eq. 12.1)
 
     rewards (N,), group (N,) long, equal for responses to one draw of a prompt -> (N,). scale: "none", "group" or
     "batch"; deviations are biased, of the centred rewards in the batch's case, and equal rewards give 0. Raises

@@ -191,11 +191,14 @@ class GroupConfig(TrainerConfig):
     """What methods share that compare several responses to one prompt instead of asking a critic."""
 
     samples_per_prompt: int = setting(8, at_least(2), "responses to each prompt that is drawn")
+    ppo_epochs: int = setting(2, COUNT, "passes over each batch")
 
 
 @dataclass(frozen=True)
 class RLOOConfig(GroupConfig):
     """All numbers of RLOO."""
+
+    kl_coef: float = setting(0.05, NOT_NEGATIVE, "β: price of one nat of KL, paid out of the reward")
 
 
 @dataclass(frozen=True)
@@ -230,9 +233,9 @@ class DPOConfig(SamplingConfig):
     num_iterations: int = setting(20, COUNT, "looks at the policy while it is fitted, a batch of responses each")
     kl_coef: float = setting(0.1, POSITIVE, "β: price of one nat of KL from the reference")
     dpo_loss: str = setting("dpo", one_of("dpo", "ipo"), "log-odds without end (dpo), or up to 1/(2β) (ipo)")
-    dpo_epochs: float = setting(1.0, POSITIVE, "passes over the preferences")
+    dpo_epochs: float = setting(2.0, POSITIVE, "passes over the preferences")
     dpo_batch_size: int = setting(32, COUNT, "pairs in a step")
-    dpo_learning_rate: float = setting(3e-4, POSITIVE, "of AdamW, at its highest")
+    dpo_learning_rate: float = setting(5e-4, POSITIVE, "of AdamW, at its highest")
 
 
 @dataclass(frozen=True)

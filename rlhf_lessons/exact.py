@@ -144,10 +144,10 @@ def optimal_policy(ref_log_probs: Tensor, rewards: Tensor, *, kl_coef: float) ->
 def best_of_n(log_probs: Tensor, rewards: Tensor, n: int) -> Tensor:
     """The policy that best-of-n is: n independent samples, and the one with the highest reward kept.
 
-    P(y) = π(y) · (F(r)ⁿ − F(r⁻)ⁿ) / (F(r) − F(r⁻)),   r = r(y), F(r) = P(reward ≤ r), F(r⁻) = P(reward < r)
+    P(y) = π(y) · (F(r)ⁿ − F(r⁻)ⁿ) / (F(r) − F(r⁻))                     (Eq. 14.1)
 
-    Samples of equal reward are as likely to be kept as they are to be drawn. KL(P ‖ π) ≤ log n − (n−1)/n, with
-    equality for no discrete π and n > 1.
+    with r = r(y), F(r) = P(reward ≤ r), F(r⁻) = P(reward < r): samples of equal reward are as likely
+    to be kept as they are to be drawn. `kl.best_of_n_bound` bounds KL(P ‖ π).
 
     Shapes: log_probs (N,) over all N outcomes, rewards (N,), n ≥ 1 -> (N,), in nats.
     Raises: ValueError if n is below 1, the shapes differ, or π does not sum to 1.

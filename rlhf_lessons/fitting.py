@@ -189,8 +189,8 @@ PREFERENCE_LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss}
 
 def fit_dpo(
     policy: nn.Module, reference: nn.Module, preferences: Sequence[Mapping[str, str]],
-    tokenizer: "PreTrainedTokenizerBase", *, beta: float, loss: str = "dpo", epochs: float = 1, batch_size: int = 32,
-    learning_rate: float = 3e-4, seed: int = 0, device: str = "auto", precision: str = "no",
+    tokenizer: "PreTrainedTokenizerBase", *, beta: float, loss: str = "dpo", epochs: float = 2, batch_size: int = 32,
+    learning_rate: float = 5e-4, seed: int = 0, device: str = "auto", precision: str = "no",
     on_step: OnStep | None = None,
 ) -> list[float]:  # fmt: skip
     """Train a language model on preferences, {"prompt", "chosen", "rejected"}, directly. Returns the losses.

@@ -36,7 +36,7 @@ def importance_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
 def sequence_ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor | None = None) -> Tensor:
     """One ratio a text: the geometric mean of its tokens' ratios, so that length alone does not make it explode.
 
-        s = (π(y|x) / π_old(y|x))^(1/|y|) = exp((1/|y|) Σ_t (log π − log π_old))
+        s = (π(y|x) / π_old(y|x))^(1/|y|) = exp((1/|y|) Σ_t (log π − log π_old))                        (Eq. 12.3)
 
     log_probs, old_log_probs, mask (B, T) -> (B,). The text's own importance weight is s to the power |y|: weighting by
     s instead is biased (lower variance is what it buys). Raises ValueError for unequal shapes.

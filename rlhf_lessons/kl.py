@@ -87,6 +87,20 @@ def sequence_kl_loss(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor | No
     return policy_gradient_loss(log_probs, -tolls, mask)  # which holds its weights constant
 
 
+def best_of_n_bound(n: int) -> float:
+    """What the KL of best-of-n from the policy that it samples cannot exceed.
+
+        KL(best of n ‖ π) ≤ log n − (n−1)/n                                                             (Eq. 14.2)
+
+    In nats per response. Equality holds for continuous rewards alone; in a discrete world with n > 1 the KL is smaller,
+    the more so the more probability has one and the same reward. Raises ValueError if n is below 1.
+    Source: Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy".
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1; got {n}")
+    return math.log(n) - (n - 1) / n
+
+
 class FixedKL:
     """A coefficient β that stays as it is: `coef`."""
 

@@ -38,7 +38,8 @@ def clip_ratio(ratio: Tensor, clip_eps: ClipEps) -> Tensor:
 def aggregate(x: Tensor, mask: Tensor | None = None, *, over: str, constant: float | None = None) -> Tensor:
     """One number from a batch's per-token terms: what weighs the same, a token or a text.
 
-        tokens: Σ_bt x_bt / Σ_b |y_b|,   sequences: (1/B) Σ_b (1/|y_b|) Σ_t x_bt,   constant: (1/B) Σ_b (1/c) Σ_t x_bt
+        tokens: Σ_bt x_bt / Σ_b |y_b|,   sequences: (1/B) Σ_b (1/|y_b|) Σ_t x_bt,
+        constant: (1/B) Σ_b (1/c) Σ_t x_bt                                                              (Eq. 12.2)
 
     x, mask (B, T) -> (). over: "tokens", "sequences" or "constant" (which needs c > 0, the same for every batch, e.g.
     the longest response allowed). Only the last is a mean over texts of sums over tokens, as the policy gradient is;

@@ -37,7 +37,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float) -> Tensor:
     """Bradley–Terry on the reward that the policy itself implies, r = β log π/π_ref: no reward model, no sampling.
 
-        L = −mean log σ(β [(log π/π_ref)(y_chosen) − (log π/π_ref)(y_rejected)])
+        L = −mean log σ(β m),   m of `margins`                                                           (Eq. 13.2)
 
     All (N,), log-probabilities of whole responses given their prompts, the reference's held constant -> (), in nats:
     log 2 where π = π_ref. With every pair of responses compared at its Bradley–Terry odds, the minimiser over all
@@ -50,7 +50,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
 def ipo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float) -> Tensor:
     """The margin of log-ratios is drawn to 1/(2β) and no further, where DPO's, on pairs without noise, has no end.
 
-        L = mean ((log π/π_ref)(y_chosen) − (log π/π_ref)(y_rejected) − 1/(2β))²
+        L = mean (m − 1/(2β))²,   m of `margins`                                                        (Eq. 13.3)
 
     Arguments, shapes and errors as in `dpo_loss`. A pair that a share p of annotators prefers this way round ends at a
     margin of (2p − 1)/(2β).
@@ -60,7 +60,13 @@ def ipo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
 
 
 def margins(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
-    """By how much more the policy has raised the chosen text's log-probability than the rejected one's: (N,)."""
+    """By how much more the policy has raised the chosen text's log-probability than the rejected one's, in nats.
+
+        m = log π/π_ref(y_chosen) − log π/π_ref(y_rejected)                                             (Eq. 13.1)
+
+    Arguments and errors as in `dpo_loss` -> (N,). β m is the difference of the rewards that the policy implies.
+    Source: Rafailov et al. 2023, "Direct preference optimization", §4.
+    """
     if not beta > 0:
         raise ValueError(f"beta must be positive; got {beta}")
     check_same_shape(chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)

@@ -109,7 +109,7 @@ def missing_eos_scores(scores: Tensor, ended: Tensor, *, penalty: float, mode: s
 def best_of_mean(scores: Tensor, values: Tensor, n: int) -> Tensor:
     """Expected value of the response that best-of-n keeps, from m ≥ n samples of a prompt: none of them is wasted.
 
-        Σ_j C(j−1, n−1)/C(m, n) · value of the j-th in rising order of score
+        Σ_j C(j−1, n−1)/C(m, n) · value of the j-th in rising order of score                            (Eq. 14.3)
 
     scores, values (B, m) -> (B,): the mean over all ways to pick n of the m, so unbiased for each n, and `values` may
     be the scores themselves or another reward. Equal scores share their weight. Raises ValueError for unequal shapes or

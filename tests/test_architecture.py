@@ -56,6 +56,15 @@ OWNERS = {
     "9.1": "models.CausalLMWithValueHead",
     "11.1": "kl.sequence_kl_loss",
     "15.1": "scoring.pass_at_k",
+    "12.1": "baselines.group_advantages",
+    "12.2": "ppo.aggregate",
+    "12.3": "importance.sequence_ratio",
+    "13.1": "preferences.margins",
+    "13.2": "preferences.dpo_loss",
+    "13.3": "preferences.ipo_loss",
+    "14.1": "exact.best_of_n",
+    "14.2": "kl.best_of_n_bound",
+    "14.3": "scoring.best_of_mean",
 }
 
 

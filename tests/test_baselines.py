@@ -90,6 +90,7 @@ def test_optimal_baseline_rejects_bad_input():
 # --- Groups ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.equation("12.1")
 def test_group_advantages_by_hand():
     """Groups {1, 3, 5} and {0, 4}, mixed up: means 3 and 2, biased variances 8/3 and 4, of all centred rewards 16/5."""
     rewards, group = torch.tensor([1.0, 0.0, 3.0, 4.0, 5.0], dtype=F64), torch.tensor([7, 2, 7, 2, 7])

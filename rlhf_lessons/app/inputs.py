@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from rlhf_lessons import data, tiny_reviews
-from rlhf_lessons.app.options import CRITICS, method_of
+from rlhf_lessons.app.options import critic_of
 from rlhf_lessons.device import check_device
 from rlhf_lessons.display import say
 from rlhf_lessons.forward import context_of
@@ -96,8 +96,7 @@ def resolve(arguments: argparse.Namespace) -> Inputs:
         "reward_model": command in ("ppo", "sample") and score is None and "reward_model",
     }
     loaders = {"model": load_causal_lm, "policy": load_causal_lm, "reward_model": load_reward_model}
-    if command in ("run", "ppo") and method_of(arguments) == "ppo":  # one trained before brings its value head
-        critic = arguments.critic or CRITICS[0]
+    if critic := critic_of(arguments):  # a policy that was trained before brings its value head
         loaders["model"] = functools.partial(CausalLMWithValueHead.from_pretrained, critic=critic)
     models = {}
     for name, load in loaders.items():

@@ -260,6 +260,12 @@ def method_of(arguments: argparse.Namespace) -> str:
     return getattr(arguments, "method", "ppo")
 
 
+def critic_of(arguments: argparse.Namespace) -> str | None:
+    """Which critic a command trains; None where it trains none."""
+    trains = arguments.command in ("run", "ppo") and method_of(arguments) == "ppo"
+    return (arguments.critic or CRITICS[0]) if trains else None
+
+
 def check_given(arguments: argparse.Namespace) -> None:
     """Raise ValueError for an option that the command, beside the others, would not read: given is used, or refused."""
     values, method = vars(arguments), method_of(arguments)

@@ -25,7 +25,7 @@ from rlhf_lessons.app.inputs import (
     read_alike,
     warn_of_unknown,
 )
-from rlhf_lessons.app.options import CRITICS, USES, method_of
+from rlhf_lessons.app.options import USES, critic_of, method_of
 from rlhf_lessons.app.run_folder import RunFolder
 from rlhf_lessons.config import PPOConfig, Settings, require
 from rlhf_lessons.display import fit_progress, say
@@ -37,7 +37,7 @@ from rlhf_lessons.scoring import as_scorer, preference_accuracy
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAMED = ("method", "critic", "sampler", "opening_words", "long_pairs")  # options that are no setting of a stage
+NAMED = ("method", "sampler", "opening_words", "long_pairs")  # options that are no setting of a stage
 NUM_TEXTS = 64_000  # of the tiny world, that its base model learns to write from
 NUM_HELD_OUT = 1000  # pairs of the tiny world that a reward model is measured on
 
@@ -50,7 +50,8 @@ def write_config(folder: RunFolder, inputs: Inputs, settings: Settings, argument
         }
         for section, names in USES[arguments.command].items()
     }
-    others = {name: getattr(arguments, name) for name in NAMED if getattr(arguments, name, None) is not None}
+    others = {name: getattr(arguments, name, None) for name in NAMED} | {"critic": critic_of(arguments)}
+    others = {name: value for name, value in others.items() if value is not None}
     folder.write_config({"sources": inputs.given, **read, **others, "threads": torch.get_num_threads()})
 
 
@@ -64,8 +65,8 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
                 f"more than max_new_tokens = {config.max_new_tokens}")  # fmt: skip
         base = pretrain(inputs, settings, folder, prompts=prompts, max_new_tokens=config.max_new_tokens)
         policy = base.network
-        if method == "ppo":
-            policy = CausalLMWithValueHead(policy, critic=arguments.critic or CRITICS[0])
+        if critic := critic_of(arguments):
+            policy = CausalLMWithValueHead(policy, critic=critic)
     else:
         policy = base.network
         check_lengths(inputs, base.tokenizer, policy, prompts=prompts, max_new_tokens=config.max_new_tokens)

@@ -19,19 +19,25 @@ from rlhf_lessons.checks.lesson_08 import late_score, sampled_kl, shaped_rewards
 from rlhf_lessons.checks.lesson_09 import left_padding, value_head
 from rlhf_lessons.checks.lesson_10 import aligned_by_you, diagnose, faulty_runs, healthy_run
 from rlhf_lessons.checks.lesson_11 import kl_loss, other_way
+from rlhf_lessons.checks.lesson_12 import group_advantages, one_scale_for_all
+from rlhf_lessons.checks.lesson_13 import dpo_loss, lost_reference
+from rlhf_lessons.checks.lesson_14 import best_of_n, same_sample_twice
 from rlhf_lessons.checks.lesson_15 import is_right, own_question
 
 __all__ = [
     "FAULTS",
     "action_log_probs",
     "aligned_by_you",
+    "best_of_n",
     "bradley_terry_loss",
     "clipped_policy_loss",
     "diagnose",
+    "dpo_loss",
     "faulty_runs",
     "four_models",
     "gae",
     "gradient_through_return",
+    "group_advantages",
     "healthy_run",
     "importance_ratio",
     "is_right",
@@ -39,6 +45,7 @@ __all__ = [
     "last_real_token",
     "late_score",
     "left_padding",
+    "lost_reference",
     "max_for_min",
     "missing_support",
     "my_credit",
@@ -47,9 +54,11 @@ __all__ = [
     "next_episode",
     "other_way",
     "own_question",
+    "one_scale_for_all",
     "peeking_baseline",
     "policy_gradient_loss",
     "reward_to_go",
+    "same_sample_twice",
     "sampled_kl",
     "shaped_rewards",
     "shift_by_one",
