@@ -30,6 +30,8 @@ from rlhf_lessons.checks._harness import Case, Check, Wrong, outcomes
 
 BY_GRADIENT = ("kl_loss", "other_way")  # judged by expected gradients, whatever the value: test_checks_11.py
 OF_TEXTS = ("is_right", "own_question")  # judged by what they say of texts, not by tensors: test_checks_15.py
+OF_THEIR_OWN = ("group_advantages", "one_scale_for_all", "dpo_loss", "lost_reference", "best_of_n", "same_sample_twice")
+# with right answers of their own in test_checks_12.py to test_checks_14.py; what all checks owe is asked of them here too
 FUNCTION_CHECKS = {
     name: c
     for name in checks.__all__

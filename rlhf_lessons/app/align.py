@@ -1,7 +1,6 @@
 """From a base model and a score to what a method makes of them, and the report: the same folder whatever the method."""
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from rlhf_lessons.fitting import fit_dpo, preference_log_probs
 from rlhf_lessons.forward import context_of
 from rlhf_lessons.generation import Samples, best_of_n, eos_ids, sample_batch
 from rlhf_lessons.group_trainers import GRPOTrainer, RLOOTrainer
+from rlhf_lessons.kl import best_of_n_bound
 from rlhf_lessons.models import bar_unused_ids
 from rlhf_lessons.rollout import Rollout, describe
 from rlhf_lessons.scoring import Scorer, best_of_mean
@@ -170,7 +170,7 @@ def choose_among(
     values = {name: torch.cat(parts) for name, parts in known.items()}
     for row, n in enumerate(sizes, start=1):
         means = {name: float(best_of_mean(values["score"], x, n).mean()) for name, x in values.items()}
-        history.add(row, means | {"kl": math.log(n) - (n - 1) / n, "n": n}, rollout)
+        history.add(row, means | {"kl": best_of_n_bound(n), "n": n}, rollout)
     return history.report(best_of_n(rollout, rollout.scores), last=1, n=config.n)
 
 
