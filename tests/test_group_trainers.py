@@ -310,7 +310,10 @@ def test_groups_without_a_difference_are_drawn_anew():
 
 def test_rows_of_several_batches_are_what_they_were():
     trainer = make("grpo", dynamic_sampling=0)
-    first, second = trainer.collect(), trainer.collect()
+    first = trainer.collect()
+    trainer.prompts, trainer.prompt_ids = trainer.prompts[:1], trainer.prompt_ids[:1]  # the shortest
+    second = trainer.collect()
+    assert second.prompt_length < first.prompt_length
     both = joined([first, second], pad_id=trainer.tokenizer.pad_token_id)
     prompts, responses = (a + b for a, b in zip(trainer.texts(first), trainer.texts(second), strict=True))
     assert trainer.texts(both) == (prompts, responses)
