@@ -7,6 +7,8 @@
 """
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import os
@@ -220,6 +222,31 @@ def draw_figures(folder: Path, runs: Path) -> None:
     plots.save(plots.clip_regions(), folder / "clip_regions.png")
 
 
+def gold_at(rows: list[dict], nats: float) -> float | None:
+    """Gold reward where a run first passes that KL, on the line between two iterations; None where it never does."""
+    for before, after in itertools.pairwise(rows):
+        if before["kl"] < nats <= after["kl"]:
+            share = (nats - before["kl"]) / (after["kl"] - before["kl"])
+            return before["gold"] + share * (after["gold"] - before["gold"])
+    return None
+
+
+def gold_table(runs: Path, kls: tuple[float, ...] = (2, 4, 6)) -> str:
+    """A Markdown table: each method's gold reward at some KLs, the mean and the range over the seeds that get there."""
+    header = [f"gold at {nats} nats" for nats in kls]
+    lines = ["| method | " + " | ".join(header) + " |", "| --- |" + " --- |" * len(kls)]
+    names = {"PPO": lambda seed: run_name(PPOConfig().kl_coef, seed)}
+    names |= {TITLES[m]: functools.partial(method_name, m) for m in OTHERS}
+    for title, name in names.items():
+        rows, cells = [read_metrics(runs / name(seed)) for seed in SEEDS], []
+        for nats in kls:
+            found = [gold for seed in rows if (gold := gold_at(seed, nats)) is not None]
+            spread = f"{sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f})" if found else "–"
+            cells.append(spread + (f", {len(found)} of {len(rows)}" if 0 < len(found) < len(rows) else ""))
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def figures(folder: Path) -> None:
     """Record what is missing of the runs, draw the README's pictures and print its table."""
     runs = folder / "runs"
@@ -227,7 +254,7 @@ def figures(folder: Path) -> None:
     draw_figures(folder, runs)
     shown = [run_name(b, seed) for b in (PPOConfig().kl_coef, 0.0) for seed in SEEDS]
     shown += [method_name(method, seed) for method in OTHERS for seed in SEEDS]
-    print(summary_table([runs / name for name in shown]))
+    print(summary_table([runs / name for name in shown]), gold_table(runs), sep="\n\n")
 
 
 def ablation_run(seed: int, changes: dict) -> dict[str, float]:

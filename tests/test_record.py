@@ -87,6 +87,14 @@ def test_the_page_of_figures_says_what_was_recorded():
     page = (ROOT / "figures" / "README.md").read_text(encoding="utf-8").replace("−", "-")
     for row in rows[2:]:
         assert row.split("|", 2)[2].strip() in page, row
+    assert record.gold_table(RUNS).replace("−", "-") in page
+
+
+def test_gold_at_a_kl_lies_on_the_line_between_two_iterations():
+    rows = [{"kl": kl, "gold": gold} for kl, gold in ((0.0, 0.0), (1.0, 0.4), (3.0, 1.0), (2.0, 9.0), (5.0, 2.0))]
+    assert [record.gold_at(rows, nats) for nats in (0.5, 2.0, 4.0, 6.0)] == [
+        pytest.approx(0.2), pytest.approx(0.7), pytest.approx(9.0 - 7 * 2 / 3), None,
+    ]  # fmt: skip
 
 
 def test_the_pictures_are_drawn_from_the_recorded_runs(tmp_path):
