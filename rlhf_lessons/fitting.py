@@ -11,7 +11,7 @@ from rlhf_lessons import tiny_reviews
 from rlhf_lessons.config import COUNT, POSITIVE
 from rlhf_lessons.data import encode_pair, encode_preferences, encode_prompt, pad
 from rlhf_lessons.device import autocast, make_accelerator
-from rlhf_lessons.forward import causal_lm_logits, context_of, evaluating
+from rlhf_lessons.forward import causal_lm_logits, context_of
 from rlhf_lessons.generation import respond
 from rlhf_lessons.masking import masked_mean
 from rlhf_lessons.models import without_dropout
@@ -209,7 +209,7 @@ def fit_dpo(
     policy, reference = without_dropout(policy.to(place)), reference.to(place)
     encode_preferences(tokenizer, preferences, context=context_of(policy))  # what does not fit is said
     pairs = [encode_pair(tokenizer, pair) for pair in preferences]
-    with evaluating(reference), autocast(place, precision):
+    with autocast(place, precision):
         read = preference_log_probs(reference, preferences, tokenizer, rows=2 * batch_size)
     ref_log_probs = torch.stack(read).to(place)
 

@@ -731,6 +731,28 @@ def test_every_method_leaves_the_same_folder(options, iterations, measured, run,
     assert code == 0 and f"| out | {method} | " in table
 
 
+def test_dpo_learns_from_the_pairs_and_is_measured_on_those_held_out(run, monkeypatch, tmp_path):
+    from rlhf_lessons.app import align
+
+    learnt, read, fit, measure = [], [], align.fit_dpo, align.preference_log_probs
+    monkeypatch.setattr(
+        align, "fit_dpo", lambda a, b, pairs, *c, **d: learnt.append(pairs) or fit(a, b, pairs, *c, **d)
+    )
+    monkeypatch.setattr(
+        align, "preference_log_probs", lambda lm, pairs, *c, **d: read.append(pairs) or measure(lm, pairs, *c, **d)
+    )
+    pairs = [{"prompt": "film", "chosen": "good .", "rejected": "bad"}] * 8
+    for name, count in (("own.jsonl", 8), ("held.jsonl", 3)):
+        (tmp_path / name).write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:count]))
+    own = ["--preferences", tmp_path / "own.jsonl", "--eval-preferences", tmp_path / "held.jsonl"]
+    out = ["--out", tmp_path / "out"]
+    code, _, error = run("run", *LOOK, *DPO, "--model", "lm", "--score", "own_scores:good", *own, *out)
+    assert code == 0, error
+    assert [len(x) for x in learnt] == [8] and {len(x) for x in read} == {3}
+    for row in read_metrics(tmp_path / "out"):
+        assert 0 <= row["pairs_right"] <= 1 and row["chosen_log_prob"] < 0
+
+
 def test_best_of_n_climbs_with_n(run, tmp_path):
     """Each n a mean over all ways to choose it from the same responses: it cannot fall."""
     shipped = ["--reward-model", ASSETS / "reward_model", "--missing-eos-penalty", "0", "--device", "cpu"]
