@@ -275,17 +275,19 @@ def check_given(arguments: argparse.Namespace) -> None:
         readers = [other for other, read in kinds.items() if name in read]
         if name in given and readers and method not in readers:
             raise ValueError(f"give --{typed(name)} with --method {' or '.join(readers)}: {method} does not read it")
-    if method == "dpo":
-        if "corpus" in given and "preferences" not in given:
-            raise ValueError(
-                "give --preferences with --corpus: DPO learns from them, and the tiny world has none of it"
-            )
-        given -= {"preferences", "num_preferences"}  # beside any score, since DPO learns from them itself
+    if method == "dpo" and "corpus" in given and "preferences" not in given:
+        raise ValueError("give --preferences with --corpus: DPO learns from them, and the tiny world has none")
     if values["command"] == "pretrain":
         given &= {"corpus", "vocab_size"}  # it reads the other sizes without a corpus too
     for names, needed, others, why in READ:
         for name in filter(given.__contains__, names):
             for other in filter(given.__contains__, others):
+                if (
+                    method == "dpo"
+                    and name in ("preferences", "num_preferences")
+                    and other in ("score", "reward_model")
+                ):
+                    continue  # DPO learns from the pairs itself, whatever measures it
                 raise ValueError(f"give --{typed(name, other)}, not both: {why}")
             if values.keys() & needed and not given.intersection(needed):
                 raise ValueError(f"give --{typed(*needed)} with --{typed(name)}: {why}")
