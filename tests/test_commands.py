@@ -606,6 +606,7 @@ def test_a_command_takes_the_options_that_it_reads_and_no_others(name, calls, ru
         "run --adaptive-kl-target 6 --adaptive-kl-horizon 100",
         "run --method dpo --score a:b --preferences p --model m",  # the score measures, the pairs teach
         "run --method dpo --reward-model r --num-preferences 100",
+        "run --method dpo --corpus c --preferences p --eval-preferences e --score a:b",
         "run --method grpo --advantage-scale none --loss-over constant",
         "run --method best-of-n --n 16",
         "reward --num-preferences 100",

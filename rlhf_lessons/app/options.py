@@ -1,6 +1,7 @@
 """The command line: what each command takes, and the help that a newcomer reads."""
 
 import argparse
+import itertools
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -94,6 +95,8 @@ USES = {  # command -> the settings that it reads, section by section; None for 
     "ppo": {"method": None},
 }
 CRITICS = ("shared", "separate")
+# DPO learns from pairs itself, whatever it is measured by.
+BOTH = tuple(itertools.product(("preferences", "num_preferences"), ("score", "reward_model")))
 OWN = {"ppo": ("critic",)}  # options of a method that are no settings
 PRETRAIN, REWARD = (tuple(item.name for item in fields(kind)) for kind in (PretrainConfig, RewardConfig))
 READ = (  # options, what they need one of, what leaves nobody to read them, why
@@ -282,12 +285,8 @@ def check_given(arguments: argparse.Namespace) -> None:
     for names, needed, others, why in READ:
         for name in filter(given.__contains__, names):
             for other in filter(given.__contains__, others):
-                if (
-                    method == "dpo"
-                    and name in ("preferences", "num_preferences")
-                    and other in ("score", "reward_model")
-                ):
-                    continue  # DPO learns from the pairs itself, whatever measures it
+                if method == "dpo" and (name, other) in BOTH:
+                    continue
                 raise ValueError(f"give --{typed(name, other)}, not both: {why}")
             if values.keys() & needed and not given.intersection(needed):
                 raise ValueError(f"give --{typed(*needed)} with --{typed(name)}: {why}")
