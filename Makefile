@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help ppo test proof notebooks lab figures assets mutants bench gpu lint clean
+.PHONY: help ppo test proof notebooks lab figures assets mutants bench engines gpu lint clean
 
 # First, so that `make` alone makes nothing.
 help:                   ## this list
@@ -44,6 +44,10 @@ mutants: $(READY)       ## plant one mistake at a time and see the tests fail
 
 bench: $(READY)         ## speed and memory
 	$(PY) tests/bench $(ARGS)
+
+engines: $(READY)       ## the lessons' claims put to the functions of verl and OpenRLHF, installed beside in build/engines
+	$(PY) -m pip install -q --target build/engines --no-deps --upgrade -r tests/engines.txt
+	PYTHONPATH=build/engines $(PY) -m pytest tests/proof/test_engines.py -q
 
 gpu: $(READY)           ## all that needs a GPU: tests skipped without one, speed, and a run if CORPUS and PREFERENCES are given
 	$(PY) -m pytest tests/test_static.py -q
