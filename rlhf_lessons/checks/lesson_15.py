@@ -131,6 +131,12 @@ is_right = Check(
             "A response counts as right that ends with the answer: 1 2 2 is another number than 2 2.",
         ),
         *loose(
+            "the last number",
+            lambda given, right: last_number(given) == right,
+            "You look for the last number in the response and read nothing else: 1 7 + 5 = 2 2 counts as right, and so "
+            "does any text in front of it. The whole response must be the answer.",
+        ),
+        *loose(
             "contains it",
             lambda given, right: right in given,
             "A response counts as right that contains the answer somewhere. A policy would list many numbers.",
@@ -241,10 +247,10 @@ own_question = Check(
     explains=(
         "The fault took the numbers to add from the text as a whole, and of several sums the last one. So the policy "
         "could set itself a question: 0 + 0 = 0 was right, whatever had been asked. On nearly all that the base model "
-        "says the two checkers agree; in the lesson two of 7,904 answers told them apart, 6 + 3 = 1 = 4 for one, and a "
-        "policy needs no more to begin with. What is asked has to come from where the "
-        "policy cannot write. In a log, the score climbs to 1 and the responses become longer, while pass@1 by another "
-        "checker falls: read the texts."
+        "says the two checkers agree. In the lesson two of 7,904 answers told them apart: 1 = 4 after the prompt 6 + 3 "
+        "= was taken for 3 + 1 = 4. (Both were cut off; a policy with room for more needs no better start.) What is "
+        "asked has to come from where the policy cannot write. In a log, the score climbs to 1 and the responses "
+        "become longer, while pass@1 by another checker falls: read the texts."
     ),
     wrong=(
         Wrong(
