@@ -147,6 +147,12 @@ dpo_loss = Check(
             "One pair is right, two are not: you sum over the pairs. Wanted is the mean.",
         ),
         Wrong(
+            "the gaps averaged first",
+            lambda *args, beta: -F.logsigmoid(implied_gap(*args, beta).mean()),
+            "One pair is right, two are not: you average the gaps and take −log σ once. Each pair has its own loss; "
+            "the mean comes last.",
+        ),
+        Wrong(
             "not averaged",
             loss_of(over=lambda x: x),
             "You return a loss for each pair, (N,). Wanted is their mean, a single number.",
@@ -167,8 +173,8 @@ lost_reference = Check(
         "difference: the reference stood in the code and not in the loss. Nothing failed, since the loss fell as low "
         "as it should and the pairs ended at the annotators' odds. But the policy that it is lowest at is exp(r/β), "
         "normalised, whatever the reference finds likely: in the lesson it writes the ungrammatical answer in 10 of "
-        "100 texts, the right one in 2 of 10,000. In a log, the loss of the first step shows it: where π = π_ref it "
-        "must be log 2 = 0.693, whatever the pairs."
+        "100 texts, π* in 2 of 10,000. In a log, the loss of the first step shows it: where π = π_ref it must be "
+        "log 2 = 0.693, whatever the pairs."
     ),
     wrong=(
         Wrong(
@@ -185,7 +191,8 @@ lost_reference = Check(
         Wrong(
             "the references exchanged",
             loss_of(gap=lambda c, r, rc, rr, beta: beta * ((c - rr) - (r - rc))),
-            "The reference no longer cancels, but each text got the other one's.",
+            "The reference no longer cancels, but each text got the other one's, or the reference is added where it "
+            "should be subtracted.",
         ),
         Wrong(
             "half of it",

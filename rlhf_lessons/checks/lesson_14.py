@@ -91,6 +91,23 @@ best_of_n = Check(
             "the sum exceeds 1. Multiply by π(y) and divide by the level's mass, F(r) − F(r⁻).",
         ),
         Wrong(
+            "F − π in place of F⁻",
+            law(lambda p, upto, under, r, n: upto**n - (upto - p) ** n),
+            "Where rewards differ it is right. Where some are equal, F(r) − π(y) is not F(r⁻): from the chance of at "
+            "most r take that of the whole level, all outcomes of reward r, not of y alone.",
+        ),
+        Wrong(
+            "not divided by the level",
+            law(lambda p, upto, under, r, n: p * (upto**n - under**n)),
+            "n = 1 must give π back, and yours gives π times its level's mass. Divide by that mass, F(r) − F(r⁻).",
+        ),
+        Wrong(
+            "summed in the order of the list",
+            law(lambda p, upto, under, r, n: p.cumsum(0) ** n - (p.cumsum(0) - p) ** n),
+            "n = 1 is right, n = 2 is not: you add the probabilities up in the order of the list. F(r) adds those of "
+            "all outcomes whose reward is at most r.",
+        ),
+        Wrong(
             "the density",
             law(lambda p, upto, under, r, n: n * p * upto ** (n - 1)),
             "n = 1 is right, n = 2 is not, and the sum exceeds 1. n·π(y)·F(r)ⁿ⁻¹ is the density of a continuous "
