@@ -164,6 +164,12 @@ kl_loss = Check(
             "they are in. Either one square, of the whole text's sum, or log π times the sums to go, held constant.",
         ),
         Wrong(
+            "k3 of the tolls to go",
+            with_parts(lambda lp, d: k3(to_go(d))),
+            "Already wrong for texts of one token: k3 as a loss has ∇KL(π_ref‖π). And sums to go, each a loss of its "
+            "own, charge a later token once for each sum that it is in.",
+        ),
+        Wrong(
             "the sign",
             with_parts(lambda lp, d: -right(lp, d)),
             "The sign is wrong: descending this loss leads away from the reference. Rewards are −toll and ascended; a "
@@ -173,6 +179,12 @@ kl_loss = Check(
             "the tolls not held constant",
             with_parts(lambda lp, d: lp * to_go(d)),
             "The tolls are not held constant: by the product rule log π times their gradient is added. .detach() them.",
+        ),
+        Wrong(
+            "the text's toll not held constant",
+            with_parts(lambda lp, d: lp.sum(1, True) * d.sum(1, True)),
+            "The toll D of the text is not held constant: by the product rule log π times its gradient is added. "
+            ".detach() it.",
         ),
         Wrong(
             "a mean over tokens",
@@ -197,6 +209,12 @@ kl_loss = Check(
             lambda lp, ref, m: right(lp, lp - ref).sum(1).mean(),
             "What stands under the padding gets into your loss: torch.where(mask, x, 0) for both log-probabilities "
             "before anything else.",
+        ),
+        Wrong(
+            "the mask forgotten in k2",
+            lambda lp, ref, m: 0.5 * (lp - ref).sum(1).square().mean(),
+            "The formula is right, but D also sums what stands under the padding: torch.where(mask, x, 0) for both "
+            "log-probabilities before the sum.",
         ),
         Wrong(
             "the mask multiplied on",
@@ -301,6 +319,12 @@ other_way = Check(
             lambda lp, ref: lp * k3((lp - ref).detach()),
             "Now you have only the other half: log π times k3 held constant says which tokens are drawn and has lost "
             "k3's own gradient. Both halves together are right.",
+        ),
+        Wrong(
+            "k2 as a toll",
+            lambda lp, ref: lp * 0.5 * (lp - ref).detach().square(),
+            "k2 held constant is a toll that is never a refund: a token said too rarely is pushed further down. As a "
+            "toll take k1; k2 is right where it is differentiated itself.",
         ),
         Wrong(
             "the toll not held constant",

@@ -118,6 +118,12 @@ group_advantages = Check(
             "prompts differ from each other. Take that of the centred rewards.",
         ),
         Wrong(
+            "the batch whitened as one group",
+            lambda rewards, group, *, scale: scaled()(rewards, 0 * group if scale == "batch" else group, scale=scale),
+            'scale="batch" alone is wrong: you subtract the batch\'s mean there. `scale` only says what to divide by: '
+            "centre within the groups as before, and take the deviation of all that is centred.",
+        ),
+        Wrong(
             "the groups' deviations averaged",
             scaled(batch=lambda r, c, group: group_deviation(r, c, group).mean().expand_as(r)),
             'scale="batch" alone is wrong: you average the groups\' deviations. Average the squares of the centred '
@@ -268,6 +274,18 @@ one_scale_for_all = Check(
             divided(lambda r, c: r.std(dim=1, keepdim=True, correction=0), guarded=False),
             "Each row has its own deviation now, but a group of equal scores gives NaN: keep what was added to the "
             "divisor.",
+        ),
+        Wrong(
+            "the variance of each row",
+            divided(lambda r, c: c.square().mean(dim=1, keepdim=True)),
+            "Each row is divided by its own variance now: a task paid 100 times as much gets a hundredth of the "
+            "advantage. Take the root.",
+        ),
+        Wrong(
+            "the batch for both",
+            lambda r: (r - r.mean()) / r.std(correction=0).clamp(min=1e-8),
+            "Now the mean is the whole batch's, too. It was the deviation that was wrong: give std dim=1 and "
+            "keepdim=True, and leave the mean each row's own.",
         ),
         Wrong(
             "centred on the batch",
