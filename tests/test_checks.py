@@ -601,6 +601,13 @@ def test_an_unseen_value_head_is_refused():
     assert "no forward" in hint_of(checks.value_head, lambda size: nn.Module())
 
 
+def test_a_factor_near_one_is_not_shown_as_one():
+    def near(rewards, mask=None, *, gamma):
+        return 1.0004 * policy_gradient.reward_to_go(rewards, mask, gamma=gamma)
+
+    assert "1.0004 times what it should be" in hint_of(checks.reward_to_go, near)
+
+
 def test_the_generic_hint_shows_the_smallest_failing_input_in_numbers():
     message = hint_of(checks.reward_to_go, SPOILED["a cubed term"](policy_gradient.reward_to_go))
     assert "right on 0 of 9 inputs; the first wrong one: two steps, γ = 1" in message

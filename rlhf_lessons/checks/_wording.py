@@ -124,7 +124,8 @@ def difference(name: str, got: Tensor, expected: Tensor, case: Case) -> str:
     if factor == -1:
         return f"{name}: the sign of everything is flipped."
     if factor is not None:
-        return f"{name}: {factor:.3g} times what it should be, everywhere."
+        shown = next(text for digits in (3, 6, 9) if (text := f"{factor:.{digits}g}") != "1" or digits == 9)
+        return f"{name}: {shown} times what it should be, everywhere."
     return f"{name}: wrong, in a way that this check has no name for."
 
 
