@@ -14,7 +14,7 @@ from rlhf_lessons.device import autocast, make_accelerator
 from rlhf_lessons.forward import causal_lm_logits, context_of
 from rlhf_lessons.generation import respond
 from rlhf_lessons.masking import masked_mean
-from rlhf_lessons.models import without_dropout
+from rlhf_lessons.models import check_separate, without_dropout
 from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.preferences import bradley_terry_loss, dpo_loss, ipo_loss
 from rlhf_lessons.scoring import ids_log_probs, preference_accuracy, score_ids, score_texts, text_log_probs
@@ -203,8 +203,7 @@ def fit_dpo(
     if loss not in PREFERENCE_LOSSES:
         raise ValueError(f"loss must be one of {', '.join(PREFERENCE_LOSSES)}; got {loss!r}")
     POSITIVE.check("beta", beta)
-    if {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}:
-        raise ValueError("reference must be a model of its own; got one that shares parameters with policy")
+    check_separate(policy, reference)
     place = make_accelerator(device).device
     policy, reference = without_dropout(policy.to(place)), reference.to(place)
     encode_preferences(tokenizer, preferences, context=context_of(policy))  # what does not fit is said

@@ -388,6 +388,12 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
         raise ValueError("tokenizer must not use its EOS token as padding: masking the padding would hide every ending")
 
 
+def check_separate(policy: nn.Module, reference: nn.Module) -> None:
+    """Raise ValueError for a reference that shares parameters with the policy, and so would move with it."""
+    if {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}:
+        raise ValueError("reference must be a model of its own; got one that shares parameters with policy")
+
+
 def check_vocabulary(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise ValueError for a tokenizer with an id that the model, or the one inside it, has no embedding of."""
     inner = getattr(model, "lm", getattr(model, "classifier", model))

@@ -43,8 +43,8 @@ def aggregate(x: Tensor, mask: Tensor | None = None, *, over: str, constant: flo
 
     x, mask (B, T) -> (). over: "tokens", "sequences" or "constant" (which needs c > 0, the same for every batch, e.g.
     the longest response allowed). Only the last is a mean over texts of sums over tokens, as the policy gradient is;
-    the first two divide by lengths, which the policy chooses. Raises ValueError for another `over`, a constant that is
-    missing or not positive, or one that `over` has no use for.
+    the first two divide by lengths, which the policy chooses. Raises ValueError for another `over`, and for a constant
+    that is missing or not positive where `over` needs one.
     Source: Shao et al. 2024, "DeepSeekMath", Eq. 3 (sequences); Yu et al. 2025, "DAPO", §3.3 (tokens); Liu et al.
     2025, "Understanding R1-Zero-like training", §3.1 (constant).
     """

@@ -25,7 +25,7 @@ from rlhf_lessons.generation import Responses, draw_uniforms, eos_ids, sample_re
 from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
 from rlhf_lessons.masking import masked_mean
-from rlhf_lessons.models import check_tokenizer, check_vocabulary, without_dropout
+from rlhf_lessons.models import check_separate, check_tokenizer, check_vocabulary, without_dropout
 from rlhf_lessons.policy_gradient import action_log_probs, entropy
 from rlhf_lessons.ppo import (
     aggregate,
@@ -105,8 +105,7 @@ class Trainer:
             whole, unit = getattr(config, name), parts * processes
             require(name, whole, whole % unit == 0, f"a multiple of {unit}, {parts} for each of {processes} processes")
         reference = getattr(reference, "lm", reference)
-        if {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}:
-            raise ValueError("reference must be a model of its own; got one that shares parameters with policy")
+        check_separate(policy, reference)
         if scheduler is not None and scheduler.optimizer is not optimizer:
             raise ValueError("scheduler must come with the optimizer that it steers; got another one or none")
         check_tokenizer(tokenizer)
