@@ -5,34 +5,31 @@ Each is kept as JSON in a folder of its name, with its settings, and takes three
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import SEEDS, tiny_run, write_json
 from torch import Tensor, nn
 
 from rlhf_lessons import tiny_reviews
-from rlhf_lessons.app.align import TRAINERS
 from rlhf_lessons.config import METHODS, GRPOConfig, SamplingConfig
 from rlhf_lessons.data import encode_prompts, pad
 from rlhf_lessons.device import use_threads
 from rlhf_lessons.fitting import annotated_preferences, fit_dpo, fit_reward_model, preference_log_probs
 from rlhf_lessons.generation import eos_ids, respond, sample_batch
-from rlhf_lessons.group_trainers import GRPOTrainer
 from rlhf_lessons.kl import best_of_n_bound
 from rlhf_lessons.models import (
     ASSETS,
-    CausalLMWithValueHead,
     RewardModel,
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
     new_causal_lm,
 )
-from rlhf_lessons.rollout import response_log_probs
+from rlhf_lessons.rollout import Credited, response_log_probs
 from rlhf_lessons.scoring import (
     ModelScorer,
     TextScorer,
@@ -43,15 +40,6 @@ from rlhf_lessons.scoring import (
 )
 
 FIGURES = Path(__file__).resolve().parent
-SEEDS = (0, 1, 2)
-
-
-def write(path: Path, content: dict) -> None:
-    """The file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 # --- Lesson 11: where the KL is paid ----------------------------------------------------------------------------------
@@ -71,20 +59,11 @@ KL_SETTINGS = {
 def kl_place_run(seed: int, changes: dict) -> dict[str, list[float]]:
     """Score, gold, KL and length of a run of the tiny world, iteration by iteration."""
     config = GRPOConfig(**KL_SETTINGS | changes, seed=seed, device="cpu")
-    trainer = GRPOTrainer(
-        config, load_causal_lm(ASSETS / "base"), load_causal_lm(ASSETS / "base"),
-        load_reward_model(ASSETS / "reward_model"), tiny_reviews.prompts(500, torch.Generator().manual_seed(10)),
-        load_tokenizer(ASSETS / "base"),
-    )  # fmt: skip
-
-    def add_gold(step: int, metrics: dict[str, float], batch: object) -> None:
-        metrics["gold"] = float(tiny_reviews.gold_reward(*trainer.texts(batch)).mean())
-
-    history = trainer.train(add_gold)
+    history = tiny_run("grpo", config, tiny_reviews.prompts(500, torch.Generator().manual_seed(10)))
     return {name: [round(row[name], 3) for row in history] for name in ("score", "gold", "kl", "response_length")}
 
 
-def kl_places(folder: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
+def kl_places(folder: Path, seeds: tuple[int, ...] = SEEDS) -> None:
     """A run for each place and seed, kept in kl_places.json after each place; finished ones are left as they are."""
     path = folder / "kl_places.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": KL_SETTINGS, "runs": {}}
@@ -93,7 +72,7 @@ def kl_places(folder: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
         if label in kept["runs"]:
             continue
         kept["runs"][label] = [kl_place_run(seed, changes) for seed in seeds]
-        write(path, kept)
+        write_json(path, kept, ensure_ascii=False)
 
 
 # --- Lesson 12: methods without a critic ------------------------------------------------------------------------------
@@ -123,28 +102,22 @@ GROUP_METRICS = {
 
 def group_run(method: str, settings: dict, seed: int) -> dict:
     """One run on the shipped models: gold and some metrics by iteration, its tokens and seconds."""
-    base = ASSETS / "base"
-    policy = CausalLMWithValueHead.from_pretrained(base) if method == "ppo" else load_causal_lm(base)
     config = METHODS[method](**GROUPS_COMMON | settings | {"seed": seed, "device": "cpu"})
-    trainer = TRAINERS[method](
-        config, policy, load_causal_lm(base), load_reward_model(ASSETS / "reward_model"),
-        tiny_reviews.prompts(2000, torch.Generator().manual_seed(seed)), load_tokenizer(base),
-    )  # fmt: skip
-    tokens = []
 
-    def add_gold(step, metrics, batch):
-        metrics["gold"] = tiny_reviews.gold_reward(*trainer.texts(batch)).mean().item()
+    def measure(batch: Credited) -> dict[str, float]:
+        found = {"tokens": int(batch.response_mask.sum())}
         if config.samples_per_prompt > 1:
             grouped = batch.scores.view(-1, config.samples_per_prompt)
-            metrics["deviation"] = grouped.std(dim=1, correction=0).mean().item()
-        tokens.append(int(batch.response_mask.sum()))
+            found["deviation"] = grouped.std(dim=1, correction=0).mean().item()
+        return found
 
-    started = time.perf_counter()
-    history = trainer.train(add_gold)
-    seconds = time.perf_counter() - started
+    prompts = tiny_reviews.prompts(2000, torch.Generator().manual_seed(seed))
+    history = tiny_run(method, config, prompts, measure)
+    tokens = sum(row["tokens"] for row in history)
+    seconds = sum(row["seconds_rollout"] + row["seconds_update"] for row in history)
     names = {"gold": "gold"} | {new: old for new, old in GROUP_METRICS.items() if old in history[0]}
     curves = {new: [round(row[old], 4) for row in history] for new, old in names.items()}
-    return {"seed": seed, "tokens": sum(tokens), "seconds": round(seconds, 1)} | curves
+    return {"seed": seed, "tokens": tokens, "seconds": round(seconds, 1)} | curves
 
 
 def groups(folder: Path, run=group_run) -> None:
@@ -158,7 +131,7 @@ def groups(folder: Path, run=group_run) -> None:
         }
         for name, (method, settings) in GROUPS.items()
     }
-    write(folder / "groups.json", methods)
+    write_json(folder / "groups.json", methods)
 
 
 # --- Lesson 13: preferences without sampling --------------------------------------------------------------------------
@@ -220,7 +193,7 @@ def dpo_run(seed: int, *, beta: float, loss: str = "dpo", looks: int = DPO_LOOKS
     return {name: [round(row[name], 3) for row in rows] for name in rows[0]}
 
 
-def offline(folder: Path, seeds: tuple[int, ...] = (0, 1, 2), labels: tuple[str, ...] = tuple(DPO_RUNS)) -> None:
+def offline(folder: Path, seeds: tuple[int, ...] = SEEDS, labels: tuple[str, ...] = tuple(DPO_RUNS)) -> None:
     """A run for each of DPO_RUNS and each seed, kept in offline.json after each; finished ones are left as they are."""
     path = folder / "offline.json"
     settings = DPO_SETTINGS | {"pairs": DPO_PAIRS, "texts": 512, "shown": DPO_SHOWN}
@@ -232,7 +205,7 @@ def offline(folder: Path, seeds: tuple[int, ...] = (0, 1, 2), labels: tuple[str,
             if len(done) > seed:
                 continue
             done.append(dpo_run(seed, **DPO_RUNS[label]))
-            write(path, kept)
+            write_json(path, kept, ensure_ascii=False)
 
 
 # --- Lesson 14: how much to ask of a proxy ----------------------------------------------------------------------------
@@ -383,7 +356,7 @@ def goodhart(folder: Path, seeds: tuple[int, ...] = SEEDS) -> None:
             kept["judges"][name].append(row | {"kept": kept_texts(pool, scores)})
             print(f"{time.process_time() - started:.0f} s: {seed} {name} {row}", flush=True)
     kept["cpu_seconds"] = round(time.process_time() - started)
-    write(folder / "goodhart.json", kept)
+    write_json(folder / "goodhart.json", kept)
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

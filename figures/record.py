@@ -16,15 +16,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import rlhf_lessons
 from rlhf_lessons import plots, tiny_reviews, tiny_sums
-from rlhf_lessons.app.align import TITLES
+from rlhf_lessons.app.align import TITLES, TRAINERS
 from rlhf_lessons.app.run_folder import mean_of_last, read_metrics, summary_table
-from rlhf_lessons.config import METHODS, GRPOConfig, PPOConfig
+from rlhf_lessons.config import METHODS, GRPOConfig, PPOConfig, TrainerConfig
 from rlhf_lessons.data import encode_prompt, pad
 from rlhf_lessons.device import use_threads
 from rlhf_lessons.fitting import annotated_preferences, fit_language_model, language_model_loss
@@ -39,8 +41,8 @@ from rlhf_lessons.models import (
     new_causal_lm,
     quiet_transformers,
 )
+from rlhf_lessons.rollout import Credited
 from rlhf_lessons.scoring import preference_accuracy, text_log_probs
-from rlhf_lessons.trainer import PPOTrainer
 
 BASE_MODEL = (
     "pretrain --seed 1 --layers 2 --width 96 --heads 3 --context 48 --lm-epochs 1 --lm-batch-size 64 "
@@ -257,20 +259,35 @@ def figures(folder: Path) -> None:
     print(summary_table([runs / name for name in shown]), gold_table(runs), sep="\n\n")
 
 
+def write_json(path: Path, content: dict, **options: Any) -> None:
+    """The file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(json.dumps(content, **options) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def tiny_run(
+    method: str, config: TrainerConfig, prompts: list[str], measure: Callable[[Credited], dict] = lambda batch: {}
+) -> list[dict[str, float]]:
+    """The metrics of a run on the shipped models, with the gold reward of each batch and what `measure` says of it."""
+    base = ASSETS / "base"
+    with torch.random.fork_rng(devices=[]):
+        policy = CausalLMWithValueHead.from_pretrained(base) if method == "ppo" else load_causal_lm(base)
+    trainer = TRAINERS[method](
+        config, policy, load_causal_lm(base), load_reward_model(ASSETS / "reward_model"), prompts, load_tokenizer(base)
+    )
+
+    def add(step: int, metrics: dict[str, float], batch: Credited) -> None:
+        metrics |= {"gold": float(tiny_reviews.gold_reward(*trainer.texts(batch)).mean())} | measure(batch)
+
+    return trainer.train(add)
+
+
 def ablation_run(seed: int, changes: dict) -> dict[str, float]:
     """How a run of the tiny world ends with these settings: means of its last iterations."""
     config = PPOConfig(num_iterations=ABLATION_ITERATIONS, seed=seed, device="cpu", **changes)
-    with torch.random.fork_rng(devices=[]):
-        policy = CausalLMWithValueHead.from_pretrained(ASSETS / "base")
-    trainer = PPOTrainer(
-        config, policy, load_causal_lm(ASSETS / "base"), load_reward_model(ASSETS / "reward_model"),
-        tiny_reviews.prompts(500, torch.Generator().manual_seed(10)), load_tokenizer(ASSETS / "base"),
-    )  # fmt: skip
-
-    def add_gold(step: int, metrics: dict[str, float], batch: object) -> None:
-        metrics["gold"] = float(tiny_reviews.gold_reward(*trainer.texts(batch)).mean())
-
-    history = trainer.train(add_gold)
+    history = tiny_run("ppo", config, tiny_reviews.prompts(500, torch.Generator().manual_seed(10)))
     return {name: round(mean_of_last(history, name), 3) for name in ("score", "gold", "kl", "ended", "response_length")}
 
 
@@ -278,15 +295,12 @@ def ablation(folder: Path, seeds: tuple[int, ...] = SEEDS) -> None:
     """A run for each change and seed, kept in ablation.json after each change; finished ones are left as they are."""
     path = folder / "ablation.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    folder.mkdir(parents=True, exist_ok=True)
     use_threads(1)
     for label, changes in ABLATION.items():
         if label in kept:
             continue
         kept[label] = [ablation_run(seed, changes) for seed in seeds]
-        unfinished = path.with_name(f".{path.name}.tmp")
-        unfinished.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_json(path, kept, indent=1)
 
 
 def chances(lm: torch.nn.Module, split: str) -> torch.Tensor:
@@ -323,11 +337,10 @@ def sums_run(seed: int) -> dict:
 
 def sums(folder: Path, seeds: tuple[int, ...] = SEEDS) -> None:
     """A run for each seed, and the model that all of them start from, in sums.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     use_threads(1)
     before = pass_at(load_causal_lm(ASSETS / "sums"))
     kept = {"settings": SUMS_SETTINGS, "before": before, "runs": [sums_run(seed) for seed in seeds]}
-    (folder / "sums.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "sums.json", kept, indent=1)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,10 +1,12 @@
 """The recorded experiments of lessons 11 to 14: what is kept was made with the settings that the recorder holds."""
 
 import json
+import sys
 
 import pytest
 from test_record import ROOT, load
 
+sys.path.insert(0, str(ROOT / "figures"))  # as where it is started: it takes what it shares from the recorder beside it
 beyond = load(ROOT / "figures" / "beyond.py")
 
 
