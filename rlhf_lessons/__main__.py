@@ -16,27 +16,41 @@ EXIT_INTERRUPTED = 130
 EXIT_UNREAD = 141  # as of a program that the system ends because nobody reads what it prints
 
 
-def run_stage(arguments: argparse.Namespace) -> None:
-    """`run`, `pretrain`, `reward` or `ppo`, into one folder."""
-    from rlhf_lessons.app import inputs, pipeline
+def run_stage(arguments: argparse.Namespace, command: list[str]) -> None:
+    """`run`, `pretrain`, `reward` or `ppo`, into one folder. command: the words that asked for it."""
+    from rlhf_lessons.app import inputs, pipeline, resume
     from rlhf_lessons.app.run_folder import RunFolder
     from rlhf_lessons.device import keep_freed_memory, use_threads
     from rlhf_lessons.display import say
 
+    going_on = getattr(arguments, "resume", None)
+    if going_on:
+        arguments = resume.original(arguments, build_parser().parse_args)
     keep_freed_memory()
     use_threads(threads_of(arguments))
     settings = settings_from(arguments)
-    folder = RunFolder(arguments.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))
+    out = arguments.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = RunFolder(out, new=not going_on)
     say(f"run folder: {folder.path}")
     found = inputs.resolve(arguments)
-    pipeline.write_config(folder, found, settings, arguments)
-    if arguments.command == "pretrain":
-        made = pipeline.pretrain(found, settings, folder).name
-    elif arguments.command == "reward":
-        made = pipeline.fit_reward(found, found.model, settings, folder).name
+    described = pipeline.describe(found, settings, arguments)
+    if going_on:
+        resume.check_unchanged(folder.path, described)
     else:
-        print_summary(folder.path, pipeline.run(found, settings, folder, arguments))
-        made = folder.path
+        folder.write_config(described, command)
+    try:
+        with folder.in_use():
+            if arguments.command == "pretrain":
+                made = pipeline.pretrain(found, settings, folder, every=arguments.checkpoint_every).name
+            elif arguments.command == "reward":
+                made = pipeline.fit_reward(found, found.model, settings, folder, every=arguments.checkpoint_every).name
+            else:
+                print_summary(folder.path, pipeline.run(found, settings, folder, arguments))
+                made = folder.path
+    except BaseException:
+        if folder.state.exists():
+            say(f"\nrun --resume {folder.path} goes on from the last checkpoint")
+        raise
     print(f"\nwritten to {made}")
 
 
@@ -115,7 +129,10 @@ def run_command(argv: list[str] | None) -> None:
     try:
         arguments = build_parser().parse_args(argv)
         others = {"sample": show_samples, "summary": show_summary, "progress": show_progress}
-        others.get(arguments.command, run_stage)(arguments)
+        if arguments.command in others:
+            others[arguments.command](arguments)
+        else:
+            run_stage(arguments, sys.argv[1:] if argv is None else list(map(str, argv)))
     finally:
         flush()
 

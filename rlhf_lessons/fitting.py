@@ -1,5 +1,6 @@
 """Fits to what is given: a language model on text, a reward model on preferences, a policy on preferences (DPO)."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lessons import tiny_reviews
+from rlhf_lessons.checkpoint import Keeper, learnt, load_learnt
 from rlhf_lessons.config import COUNT, POSITIVE
 from rlhf_lessons.data import encode_pair, encode_preferences, encode_prompt, pad
 from rlhf_lessons.device import autocast, make_accelerator
@@ -60,12 +62,13 @@ def length_batches(lengths: list[int], batch_size: int, generator: torch.Generat
 def fit(
     model: nn.Module, loss_of: Callable[[list[int]], Tensor], lengths: list[int], *,
     epochs: float, batch_size: int, learning_rate: float, weight_decay: float = 0.01, seed: int = 0,
-    device: torch.device, precision: str = "no", on_step: OnStep | None = None,
+    device: torch.device, precision: str = "no", on_step: OnStep | None = None, keeper: Keeper | None = None,
 ) -> list[float]:  # fmt: skip
     """Minimise loss_of(row numbers) with AdamW, learning rate warmed up over 5 % of the steps, then linear to 0.
 
-    on_step(step, steps, loss) is called after each step. Returns the losses. Raises FloatingPointError, naming the
-    step, before one whose loss or gradient is not finite; ValueError for no rows or a setting out of range.
+    on_step(step, steps, loss) is called after each step. keeper: keeps the fit's state; the fit continues from what it
+    kept, and ends as if it had never stopped. Returns the losses. Raises FloatingPointError, naming the step, before
+    one whose loss or gradient is not finite; ValueError for no rows or a setting out of range.
     """
     COUNT.check("the number of texts", len(lengths))
     COUNT.check("batch_size", batch_size)
@@ -80,27 +83,32 @@ def fit(
         fused=device.type in ("cpu", "cuda"),
     )
     steps = max(1, round(epochs * math.ceil(len(lengths) / batch_size)))
-    model.train()
     losses: list[float] = []
-    while len(losses) < steps:
-        for rows in length_batches(lengths, batch_size, generator):
-            done = len(losses) / steps
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * min((len(losses) + 1) / max(1.0, 0.05 * steps), 1 - done)
-            with autocast(device, precision):
-                loss = loss_of(rows)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            try:
-                number, _ = check_finite({"the loss": loss, "the gradient": norm}, f"step {len(losses) + 1}")
-                optimizer.step()
-            finally:
-                optimizer.zero_grad()
-            losses.append(number)
-            if on_step is not None:
-                on_step(len(losses), steps, losses[-1])
-            if len(losses) == steps:
-                break
+    if kept := keeper and keeper.load():
+        load_learnt(model, kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        losses = kept["losses"]
+    model.train()
+    batches = (rows for _ in itertools.count() for rows in length_batches(lengths, batch_size, generator))
+    for step, rows in enumerate(itertools.islice(batches, len(losses), steps), start=len(losses) + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(step / max(1.0, 0.05 * steps), 1 - (step - 1) / steps)
+        with autocast(device, precision):
+            loss = loss_of(rows)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        try:
+            number, _ = check_finite({"the loss": loss, "the gradient": norm}, f"step {step}")
+            optimizer.step()
+        finally:
+            optimizer.zero_grad()
+        losses.append(number)
+        if on_step is not None:
+            on_step(step, steps, number)
+        if keeper is not None:
+            keeper.offer(step, lambda: {
+                "model": learnt(model), "optimizer": optimizer.state_dict(), "losses": losses,
+            })  # fmt: skip
     model.eval()
     return losses
 
@@ -114,7 +122,7 @@ def language_model_loss(lm: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
 def fit_language_model(
     lm: nn.Module, texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *,
     epochs: float, batch_size: int = 64, learning_rate: float = 3e-3, max_length: int | None = None, seed: int = 0,
-    device: str = "auto", precision: str = "no", on_step: OnStep | None = None,
+    device: str = "auto", precision: str = "no", on_step: OnStep | None = None, keeper: Keeper | None = None,
 ) -> list[float]:  # fmt: skip
     """Train on next-token prediction, each text a row with EOS at its end. Returns the losses, in nats per token.
 
@@ -140,13 +148,14 @@ def fit_language_model(
         device=place,
         precision=precision,
         on_step=on_step,
+        keeper=keeper,
     )
 
 
 def fit_reward_model(
     reward_model: nn.Module, preferences: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase", *,
     epochs: float = 1, batch_size: int = 32, learning_rate: float = 1e-3, seed: int = 0, device: str = "auto",
-    precision: str = "no", on_step: OnStep | None = None,
+    precision: str = "no", on_step: OnStep | None = None, keeper: Keeper | None = None,
 ) -> list[float]:  # fmt: skip
     """Train on preferences, {"prompt", "chosen", "rejected"}, by the Bradley–Terry loss. Returns the losses.
 
@@ -178,6 +187,7 @@ def fit_reward_model(
         device=place,
         precision=precision,
         on_step=on_step,
+        keeper=keeper,
     )
     texts = [ids for pair in zip(encoded["chosen"], encoded["rejected"], strict=True) for ids in pair]
     reward_model.normalize(score_ids(reward_model, texts, pad_id=tokenizer.pad_token_id))
@@ -191,7 +201,7 @@ def fit_dpo(
     policy: nn.Module, reference: nn.Module, preferences: Sequence[Mapping[str, str]],
     tokenizer: "PreTrainedTokenizerBase", *, beta: float, loss: str = "dpo", epochs: float = 2, batch_size: int = 32,
     learning_rate: float = 5e-4, seed: int = 0, device: str = "auto", precision: str = "no",
-    on_step: OnStep | None = None,
+    on_step: OnStep | None = None, keeper: Keeper | None = None,
 ) -> list[float]:  # fmt: skip
     """Train a language model on preferences, {"prompt", "chosen", "rejected"}, directly. Returns the losses.
 
@@ -220,7 +230,7 @@ def fit_dpo(
     lengths = [len(prompt) + max(map(len, answers)) for prompt, *answers in pairs]
     return fit(
         policy, loss_of, lengths, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, weight_decay=0.0,
-        seed=seed, device=place, precision=precision, on_step=on_step,
+        seed=seed, device=place, precision=precision, on_step=on_step, keeper=keeper,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lessons.checkpoint import learnt, load_learnt
 from rlhf_lessons.config import PPOConfig, TrainerConfig, require
 from rlhf_lessons.data import as_record, encode_prompts, pad
 from rlhf_lessons.device import autocast, gather_rows, make_accelerator, share_of
@@ -354,10 +355,13 @@ class Trainer:
         return batch.texts(self.tokenizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of all that the next step depends on, beside what the trainer was made with."""
+        """A copy of all that the next step depends on, beside what the trainer was made with and never changes.
+
+        `checkpoint.save_state` writes it, `load_state` reads it.
+        """
         return copy.deepcopy({
             "iteration": self.iteration,
-            "policy": self.policy.state_dict(),
+            "policy": learnt(self.policy),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "kl_coef": self.kl_controller.coef,
@@ -366,7 +370,8 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the trainer was that gave this state: bit by bit on the same machine."""
-        for part in ("policy", "optimizer", "scheduler"):
+        load_learnt(self.policy, state["policy"])
+        for part in ("optimizer", "scheduler"):
             getattr(self, part).load_state_dict(copy.deepcopy(state[part]))
         self.kl_controller.coef, self.iteration = state["kl_coef"], state["iteration"]
         self.generator.set_state(state["generator"])

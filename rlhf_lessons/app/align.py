@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from rlhf_lessons import data, tiny_reviews
 from rlhf_lessons.app.inputs import Records
+from rlhf_lessons.app.options import EVERY
+from rlhf_lessons.app.resume import STEPS, Stage
 from rlhf_lessons.app.run_folder import RunFolder, draw_run, mean_of_last, samples_table
 from rlhf_lessons.config import BestOfNConfig, DPOConfig, SamplingConfig, TrainerConfig
 from rlhf_lessons.display import progress, say
@@ -51,6 +53,10 @@ class History:
         if self.gold:
             self.before["gold"] = float(self.gold_of(untrained).mean())
 
+    def go_on_after(self, iteration: int) -> None:
+        """Continue after this iteration of a run that was stopped: what is later is done again."""
+        self.rows = self.folder.go_on_after(iteration)
+
     def add(self, iteration: int, metrics: dict[str, float], batch: Rollout) -> None:
         """One more row."""
         if self.gold and "gold" not in metrics:
@@ -86,7 +92,9 @@ class History:
         return summary
 
 
-def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: bool) -> dict[str, Any]:
+def optimise(
+    trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: bool, every: int = EVERY
+) -> dict[str, Any]:
     """A trainer's iterations, then the report. Returns the summary: before, and the mean of the last iterations.
 
     gold: whether the gold reward is measured too; it means something in the tiny world alone. Raises ValueError at the
@@ -94,7 +102,16 @@ def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: 
     """
     history = History(trainer, folder, method=method, rows=trainer.config.num_iterations, gold=gold)
     history.begin(trainer.rollout())  # the policy is still the base model
-    trainer.train(history.add)
+    with Stage(folder, method, every=every) as stage:
+        if kept := stage.load():
+            trainer.load_state_dict(kept)
+        history.go_on_after(trainer.iteration)
+
+        def on_step(iteration: int, metrics: dict[str, float], batch: Rollout) -> None:
+            history.add(iteration, metrics, batch)
+            stage.offer(iteration, trainer.state_dict)
+
+        trainer.train(on_step)
     folder.save_models("policy", trainer.policy, trainer.tokenizer)
     return history.report(trainer.batch, last=5)
 
@@ -108,7 +125,7 @@ def looking(config: SamplingConfig, *arguments: Any, each: int = 1, prompts: int
 
 def optimise_directly(
     config: DPOConfig, policy: nn.Module, *arguments: Any, pairs: Records, held_out: Records, folder: RunFolder,
-    gold: bool, **options: Any,
+    gold: bool, every: int = EVERY, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """DPO: a fit to the pairs, with looks at the policy; then the report, as in `optimise`.
 
@@ -117,7 +134,7 @@ def optimise_directly(
     trainer = looking(config, policy, *arguments, prompts=config.batch_size, **options)
     history = History(trainer, folder, method="dpo", rows=config.num_iterations, gold=gold)
     history.begin(trainer.collect())
-    read, losses = (held_out or pairs)[:NUM_READ], []
+    read, losses = (held_out or pairs)[:NUM_READ], []  # the losses since the last look
     ref_chosen, ref_rejected = preference_log_probs(trainer.reference, read, trainer.tokenizer)
 
     def on_step(step: int, steps: int, loss: float) -> None:
@@ -136,18 +153,27 @@ def optimise_directly(
         losses.clear()
         history.add(look, row, batch)
 
-    fit_dpo(
-        trainer.lm, trainer.reference, pairs, trainer.tokenizer, beta=config.kl_coef, loss=config.dpo_loss,
-        epochs=config.dpo_epochs, batch_size=config.dpo_batch_size, learning_rate=config.dpo_learning_rate,
-        seed=config.seed, device=config.device, precision=config.precision, on_step=on_step,
-    )  # fmt: skip
+    def beside() -> dict[str, Any]:
+        return {"generator": trainer.generator.get_state(), "since_look": losses, "looks": len(history.rows)}
+
+    with Stage(folder, "dpo", every=STEPS * every, beside=beside) as stage:
+        kept = stage.load() or beside()
+        trainer.generator.set_state(kept["generator"])
+        losses += kept["since_look"]
+        history.go_on_after(kept["looks"])
+        fit_dpo(
+            trainer.lm, trainer.reference, pairs, trainer.tokenizer, beta=config.kl_coef, loss=config.dpo_loss,
+            epochs=config.dpo_epochs, batch_size=config.dpo_batch_size, learning_rate=config.dpo_learning_rate,
+            seed=config.seed, device=config.device, precision=config.precision, on_step=on_step, keeper=stage,
+        )  # fmt: skip
     folder.save_models("policy", trainer.policy, trainer.tokenizer)
     return history.report(trainer.collect(), last=1)
 
 
 def choose_among(
-    config: BestOfNConfig, policy: nn.Module, *arguments: Any, folder: RunFolder, gold: bool, **options: Any
-) -> dict[str, Any]:
+    config: BestOfNConfig, policy: nn.Module, *arguments: Any, folder: RunFolder, gold: bool, every: int = EVERY,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Best-of-n: nothing is trained, and a row is written for n = 1, 2, 4, …; then the report, as in `optimise`.
 
     Each n is a mean over all ways to choose it from the `config.n` responses that each prompt gets. "kl" is the bound
@@ -158,16 +184,22 @@ def choose_among(
     trainer = looking(config, policy, *arguments, each=config.n, prompts=at_once, **options)
     sizes = [2**power for power in range(config.n.bit_length()) if 2**power < config.n] + [config.n]
     history = History(trainer, folder, method="best-of-n", rows=len(sizes), gold=gold)
-    known: dict[str, list[Tensor]] = {}
-    for number in range(config.batch_size // at_once):
-        rollout = trainer.collect()
-        if number == 0:
-            history.begin(rollout)
-        found = {"score": rollout.scores, "response_length": rollout.response_mask.sum(dim=1).float(),
-                 "ended": rollout.ended.float(), **({"gold": history.gold_of(rollout)} if gold else {})}  # fmt: skip
-        for name, values in found.items():
-            known.setdefault(name, []).append(values.cpu().view(-1, config.n))
-    values = {name: torch.cat(parts) for name, parts in known.items()}
+    rounds, rollout = config.batch_size // at_once, trainer.collect()
+    history.begin(rollout)
+    with Stage(folder, "best-of-n", every=every) as stage:
+        known = stage.load() or {"values": {}, "generator": trainer.generator.get_state(), "rounds": 0}
+        trainer.generator.set_state(known["generator"])
+        history.go_on_after(0)
+        for number in range(known["rounds"], rounds):
+            rollout = trainer.collect() if number > 0 else rollout
+            found = {"score": rollout.scores, "response_length": rollout.response_mask.sum(dim=1).float()}
+            found |= {"ended": rollout.ended.float(), **({"gold": history.gold_of(rollout)} if gold else {})}
+            for name, values in found.items():
+                known["values"].setdefault(name, []).append(values.cpu().view(-1, config.n))
+            known |= {"generator": trainer.generator.get_state(), "rounds": number + 1}
+            if number + 1 < rounds:  # the report shows responses of the last
+                stage.offer(number + 1, known.copy)
+    values = {name: torch.cat(parts) for name, parts in known["values"].items()}
     for row, n in enumerate(sizes, start=1):
         means = {name: float(best_of_mean(values["score"], x, n).mean()) for name, x in values.items()}
         history.add(row, means | {"kl": best_of_n_bound(n), "n": n}, rollout)
@@ -241,16 +273,17 @@ def longest_response(batch: Rollout, tokenizer: "PreTrainedTokenizerBase") -> tu
 def align(
     method: str, config: SamplingConfig, policy: nn.Module, score: Any, prompts: Records,
     tokenizer: "PreTrainedTokenizerBase", *, folder: RunFolder, pairs: tuple[Records, Records], gold: bool,
-    sampler: Callable[..., Any] | None,
+    sampler: Callable[..., Any] | None, every: int,
 ) -> dict[str, Any]:  # fmt: skip
     """A policy, from the base model that it is, by one of `config.METHODS`. pairs: to learn from, and held out."""
     arguments = (policy, copy.deepcopy(getattr(policy, "lm", policy)), score, prompts, tokenizer)
     if method in TRAINERS:
         trainer = TRAINERS[method](config, *arguments, sampler=sampler)
-        return optimise(trainer, folder, method=method, gold=gold)
+        return optimise(trainer, folder, method=method, gold=gold, every=every)
     if method == "dpo":
         learnt, held_out = pairs
         return optimise_directly(
-            config, *arguments, pairs=learnt, held_out=held_out, folder=folder, gold=gold, sampler=sampler
-        )
-    return choose_among(config, *arguments, folder=folder, gold=gold, sampler=sampler)
+            config, *arguments, pairs=learnt, held_out=held_out, folder=folder, gold=gold, sampler=sampler,
+            every=every,
+        )  # fmt: skip
+    return choose_among(config, *arguments, folder=folder, gold=gold, sampler=sampler, every=every)

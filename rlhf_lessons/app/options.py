@@ -11,6 +11,7 @@ from rlhf_lessons.config import METHODS, PRESETS, PretrainConfig, RewardConfig, 
 
 EXIT_ERROR = 2
 OPENING_WORDS = 3
+EVERY = 10  # iterations between two checkpoints
 
 ABOUT = """\
 RLHF with PPO on a small language model, all of it: a base model learns to write from text, a reward model learns
@@ -60,7 +61,8 @@ EXAMPLES = {
 RUN_FOLDER = """
 The folder that --out names then holds config.json (all settings), metrics.jsonl (a line per iteration), summary.json,
 samples.md (before and after), figures/*.png (reward, KL, and what the method measures) and the models,
-as Hugging Face checkpoints. What a stopped run has written can be read; only a finished one has a summary.json.
+as Hugging Face checkpoints. What a stopped run has written can be read; only a finished one has a summary.json, and
+`run --resume FOLDER` continues any other, as if it had never stopped.
 """
 
 SOURCES = {  # option -> its type, how its value is called, what it is
@@ -183,6 +185,11 @@ def add_command(commands: Any, name: str, help: str, *sources: str) -> Parser:
             "--preset", choices=tuple(PRESETS), default="tiny",
             help="set of defaults. tiny: for a laptop's CPU; small: GPT-2-sized, for a GPU (default: tiny)",
         )  # fmt: skip
+        sub.add_argument(
+            "--checkpoint-every", type=int, default=EVERY, metavar="N",
+            help="iterations between two checkpoints, from which --resume goes on; of a fit ten times as many steps "
+            f"(default: {EVERY})",
+        )  # fmt: skip
         for section, names in USES[name].items():
             add_settings(sub, section, names, tuple(METHODS) if name == "run" else ("ppo",))
     if "eval_preferences" in sources:
@@ -214,6 +221,12 @@ def build_parser() -> Parser:
         "--method", choices=tuple(METHODS), default="ppo",
         help="how the base model is aligned; options that the method does not read are refused (default: ppo)",
     )  # fmt: skip
+    run.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="continue the run in this folder that was stopped, whichever command began it, as it began",
+    )
     run.add_argument(
         "--opening-words", type=int, default=OPENING_WORDS, metavar="N",
         help=f"words of a --corpus line that make a prompt; 0: the begin token alone (default: {OPENING_WORDS})",

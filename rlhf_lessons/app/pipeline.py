@@ -22,28 +22,36 @@ from rlhf_lessons.app.inputs import (
     choose_pairs,
     choose_prompts,
     choose_score,
+    load_model,
     read_alike,
     warn_of_unknown,
 )
-from rlhf_lessons.app.options import USES, critic_of, method_of
+from rlhf_lessons.app.options import EVERY, USES, critic_of, method_of
+from rlhf_lessons.app.resume import STEPS, Stage, digests
 from rlhf_lessons.app.run_folder import RunFolder
 from rlhf_lessons.config import PPOConfig, Settings, require
 from rlhf_lessons.display import fit_progress, say
 from rlhf_lessons.fitting import annotated_preferences, fit_language_model, fit_reward_model
 from rlhf_lessons.forward import context_of
-from rlhf_lessons.models import CausalLMWithValueHead, RewardModel, new_causal_lm
+from rlhf_lessons.models import CausalLMWithValueHead, RewardModel, load_causal_lm, load_reward_model, new_causal_lm
 from rlhf_lessons.scoring import as_scorer, preference_accuracy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAMED = ("method", "sampler", "opening_words", "long_pairs")  # options that are no setting of a stage
+NAMED = (
+    "method",
+    "sampler",
+    "opening_words",
+    "long_pairs",
+    "checkpoint_every",
+)  # options that are no setting of a stage
 NUM_TEXTS = 64_000  # of the tiny world, that its base model learns to write from
 NUM_HELD_OUT = 1000  # pairs of the tiny world that a reward model is measured on
 
 
-def write_config(folder: RunFolder, inputs: Inputs, settings: Settings, arguments: argparse.Namespace) -> None:
-    """The settings that this command reads, and what it was given."""
+def describe(inputs: Inputs, settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that this command reads, and what it was given: a run's config.json."""
     read = {
         {"method": method_of(arguments)}.get(section, section): {
             k: v for k, v in asdict(getattr(settings, section)).items() if names is None or k in names
@@ -52,18 +60,21 @@ def write_config(folder: RunFolder, inputs: Inputs, settings: Settings, argument
     }
     others = {name: getattr(arguments, name, None) for name in NAMED} | {"critic": critic_of(arguments)}
     others = {name: value for name, value in others.items() if value is not None}
-    folder.write_config({"sources": inputs.given, **read, **others, "threads": torch.get_num_threads()})
+    return {"sources": inputs.given, "inputs": digests(inputs), **read, **others, "threads": torch.get_num_threads()}
 
 
 def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argparse.Namespace) -> dict[str, Any]:
     """`run` and `ppo`: the whole pipeline; a stage whose result is given is left out. Returns the method's summary."""
     config, method, words = settings.method, method_of(arguments), getattr(arguments, "opening_words", 0)
+    every = arguments.checkpoint_every
     prompts = choose_prompts(inputs, opening_words=words, seed=config.seed, max_new_tokens=config.max_new_tokens)
     base = inputs.model
     if base is None:
         require("context", settings.pretrain.context, settings.pretrain.context > config.max_new_tokens,
                 f"more than max_new_tokens = {config.max_new_tokens}")  # fmt: skip
-        base = pretrain(inputs, settings, folder, prompts=prompts, max_new_tokens=config.max_new_tokens)
+        base = pretrain(
+            inputs, settings, folder, prompts=prompts, max_new_tokens=config.max_new_tokens, every=every
+        )  # fmt: skip
         policy = base.network
         if critic := critic_of(arguments):
             policy = CausalLMWithValueHead(policy, critic=critic)
@@ -79,7 +90,7 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
     if method == "dpo" or (reward_model is None and inputs.score is None):
         pairs = choose_preferences(inputs, base, settings)
     if reward_model is None and inputs.score is None:
-        reward_model = fit_reward(inputs, base, settings, folder, pairs)
+        reward_model = fit_reward(inputs, base, settings, folder, pairs, every=every)
     score = choose_score(inputs, reward_model, base.tokenizer, device=config.device)
     named = inputs.given["score"] or f"the scores of {reward_model.name}"
     say(f"{TITLES[method]} learns from {len(pairs[0])} pairs; measured by {named}" if method == "dpo"
@@ -91,18 +102,22 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
         )  # fmt: skip
     return align(
         method, config, policy, score, prompts, base.tokenizer, folder=folder, pairs=pairs, gold=inputs.tiny_world,
-        sampler=sampler_named(arguments.sampler),
+        sampler=sampler_named(arguments.sampler), every=every,
     )  # fmt: skip
 
 
 def pretrain(
-    inputs: Inputs, settings: Settings, folder: RunFolder, *, prompts: Records = (), max_new_tokens: int = 0
-) -> Model:
+    inputs: Inputs, settings: Settings, folder: RunFolder, *, prompts: Records = (), max_new_tokens: int = 0,
+    every: int = EVERY,
+) -> Model:  # fmt: skip
     """Train a tokenizer and a language model from scratch on a corpus (the tiny world's own without one).
 
-    prompts, max_new_tokens: what PPO will ask of it, which its context must have room for.
+    prompts, max_new_tokens: what PPO will ask of it, which its context must have room for. One that the folder holds
+    already is taken from there.
     """
-    config, shared = settings.pretrain, settings.method
+    config, shared, path = settings.pretrain, settings.method, folder.path / "base_model"
+    if path.is_dir():
+        return load_model(load_causal_lm, path)
     if inputs.corpus is None:
         texts = tiny_reviews.sample_corpus(NUM_TEXTS, torch.Generator().manual_seed(shared.seed))
         tokenizer = tiny_reviews.build_tokenizer()
@@ -122,12 +137,14 @@ def pretrain(
     cut = sum(len(ids) + 1 > config.context for ids in tokenizer(texts).input_ids)
     if cut:
         say(f"{cut} of the texts are longer than the context of {config.context} tokens and are cut there")
-    fit_language_model(
-        lm, texts, tokenizer, epochs=config.lm_epochs, batch_size=config.lm_batch_size,
-        learning_rate=config.lm_learning_rate, max_length=config.context, seed=shared.seed, device=shared.device,
-        precision=shared.precision, on_step=fit_progress(label="language model"),
-    )  # fmt: skip
-    return Model(lm, tokenizer, str(folder.save_models("base_model", lm.cpu(), tokenizer)))
+    with Stage(folder, "language model", every=STEPS * every) as stage:
+        fit_language_model(
+            lm, texts, tokenizer, epochs=config.lm_epochs, batch_size=config.lm_batch_size,
+            learning_rate=config.lm_learning_rate, max_length=config.context, seed=shared.seed, device=shared.device,
+            precision=shared.precision, on_step=fit_progress(label="language model"), keeper=stage,
+        )  # fmt: skip
+    # Read back, so that a run that continues has the very same model.
+    return load_model(load_causal_lm, folder.save_models("base_model", lm.cpu(), tokenizer))
 
 
 def choose_preferences(inputs: Inputs, base: Model, settings: Settings) -> tuple[Records, Records]:
@@ -148,29 +165,34 @@ def choose_preferences(inputs: Inputs, base: Model, settings: Settings) -> tuple
 
 
 def fit_reward(
-    inputs: Inputs, base: Model, settings: Settings, folder: RunFolder, pairs: tuple[Records, Records] | None = None
-) -> Model:
+    inputs: Inputs, base: Model, settings: Settings, folder: RunFolder, pairs: tuple[Records, Records] | None = None,
+    *, every: int = EVERY,
+) -> Model:  # fmt: skip
     """Train a reward model on preferences, from the base model's trunk, and measure it on held-out pairs.
 
-    pairs: both, where they were chosen before.
+    pairs: both, where they were chosen before. One that the folder holds already is taken from there.
     """
     lm, tokenizer, config, shared = base.network, base.tokenizer, settings.reward, settings.method
     preferences, held_out = pairs or choose_preferences(inputs, base, settings)
-    model = RewardModel.from_causal_lm(lm, pad_token_id=tokenizer.pad_token_id, seed=shared.seed)
-    say(f"reward model: {millions(model)} parameters, {len(preferences)} pairs")
-    fit_reward_model(
-        model, preferences, tokenizer, epochs=config.reward_epochs, batch_size=config.reward_batch_size,
-        learning_rate=config.reward_learning_rate, seed=shared.seed, device=shared.device, precision=shared.precision,
-        on_step=fit_progress(label="reward model"),
-    )  # fmt: skip
-    path = folder.save_models("reward_model", model, tokenizer)
+    path = folder.path / "reward_model"
+    if not path.is_dir():
+        model = RewardModel.from_causal_lm(lm, pad_token_id=tokenizer.pad_token_id, seed=shared.seed)
+        say(f"reward model: {millions(model)} parameters, {len(preferences)} pairs")
+        with Stage(folder, "reward model", every=STEPS * every) as stage:
+            fit_reward_model(
+                model, preferences, tokenizer, epochs=config.reward_epochs, batch_size=config.reward_batch_size,
+                learning_rate=config.reward_learning_rate, seed=shared.seed, device=shared.device,
+                precision=shared.precision, on_step=fit_progress(label="reward model"), keeper=stage,
+            )  # fmt: skip
+        folder.save_models("reward_model", model.cpu(), tokenizer)
+    fitted = load_model(load_reward_model, path)
     if held_out:
-        accuracy = preference_accuracy(model, held_out, tokenizer)
+        accuracy = preference_accuracy(fitted.network, held_out, tokenizer)
         folder.write_json("reward_model.json", {"held_out_pairs": len(held_out), "accuracy": round(accuracy, 4)})
         say(f"reward model: right on {accuracy:.1%} of {len(held_out)} held-out pairs")
     else:
         say("reward model: not measured, since there are no --eval-preferences")
-    return Model(model.cpu(), tokenizer, str(path))
+    return fitted
 
 
 def of_tiny_world(tokenizer: "PreTrainedTokenizerBase") -> bool:

@@ -6,6 +6,7 @@
     samples.md       before and after, side by side
     figures/*.png    curves, and one response token by token
     policy/ reward_model/ base_model/    Hugging Face checkpoints
+    checkpoint/      while the run goes on, or was stopped: what it continues from
 
 Whole files are written beside their place and then moved there, so that a run that is stopped leaves none half-written.
 """
@@ -16,8 +17,7 @@ import math
 import os
 import platform
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,11 @@ import torch
 from matplotlib import pyplot as plt
 
 from rlhf_lessons import plots
+from rlhf_lessons.checkpoint import written_whole
 from rlhf_lessons.models import quiet_transformers
 
+CHECKPOINT = "checkpoint"
+ITERATIONS = ("metrics.jsonl", "rollouts.jsonl")  # files with lines of an iteration
 LAST = 5  # iterations over which "at the end" is averaged
 
 
@@ -42,32 +45,60 @@ def versions() -> dict[str, str]:
 
 
 class RunFolder:
-    """Writes into one run's folder. Raises ValueError when the folder already holds a run, or anything else.
+    """Writes into one run's folder. Raises ValueError when a new run's already holds a run, or anything else.
 
     A folder with config.json alone is taken: its run ended before it made anything.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, new: bool = True) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self.state = self.path / CHECKPOINT / "state.safetensors"
         held = sorted(item.name for item in self.path.iterdir() if item.name != "config.json")
-        if held:
-            raise ValueError(f"--out must be a new or an empty folder; {self.path} already holds {', '.join(held[:5])}")
+        if held and new:
+            advice = f", whose run --resume {self.path} continues" if CHECKPOINT in held else ""
+            held = ", ".join(held[:5])
+            raise ValueError(f"--out must be a new or an empty folder; {self.path} already holds {held}{advice}")
 
     @contextlib.contextmanager
-    def whole(self, name: str) -> Iterator[Path]:
-        """A place to write a file or a folder to; moved to `name` once all of it is there, else removed."""
-        target, partial = self.path / name, self.path / f"{name}.partial"
+    def in_use(self) -> Iterator[None]:
+        """Keep others out of the folder, and its checkpoint/ until the run has ended well or has made nothing.
+
+        What a process that was killed left half-written is removed. Raises ValueError where another is at work.
+        """
+        from filelock import FileLock, Timeout
+
+        place = self.state.parent
+        place.mkdir(exist_ok=True)
+        lock = FileLock(place / "lock", timeout=0)
         try:
-            yield partial
-            os.replace(partial, target)
-        except OSError as error:
-            error.filename, error.filename2 = str(target), None  # a full disk names no file
-            raise
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(f"{self.path}: another process is at work in this folder") from error
+        for partial in [*self.path.glob("*.partial"), *place.glob("*.partial")]:
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        ended = False
+        try:
+            yield
+            ended = True
         finally:
-            if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-            partial.unlink(missing_ok=True)
+            if ended or {item.name for item in self.path.rglob("*")} <= {CHECKPOINT, "lock", "config.json"}:
+                shutil.rmtree(place)
+            lock.release()
+
+    def whole(self, name: str) -> contextlib.AbstractContextManager[Path]:
+        """A place to write a file or a folder to; moved to `name` once all of it is there, else removed."""
+        return written_whole(self.path / name)
+
+    def go_on_after(self, iteration: int) -> list[dict[str, float]]:
+        """Take back the lines of what came after an iteration. Returns the rows of metrics.jsonl up to it."""
+        for name in ITERATIONS:
+            path = self.path / name
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+            if kept != lines:
+                self.write_text(name, "".join(kept))
+        return read_metrics(self.path) if (self.path / "metrics.jsonl").exists() else []
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, whole or not at all."""
@@ -78,10 +109,10 @@ class RunFolder:
         """Write a JSON file, whole or not at all."""
         self.write_text(name, strict_json(content, indent=2, ensure_ascii=False) + "\n")
 
-    def write_config(self, settings: dict) -> None:
+    def write_config(self, settings: dict, command: Sequence[str]) -> None:
         """config.json: the settings, the command line, the versions and the GPU, if any, that made the run."""
         made_by = {
-            "command": ["python", "-m", "rlhf_lessons", *sys.argv[1:]],
+            "command": ["python", "-m", "rlhf_lessons", *command],
             **versions(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         }

@@ -1,0 +1,129 @@
+"""What makes a stopped run go on: its stages' states, the arguments that it began with, and that all is as it was."""
+
+import argparse
+import hashlib
+import inspect
+import json
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from rlhf_lessons.app.inputs import Inputs
+from rlhf_lessons.app.options import typed
+from rlhf_lessons.app.run_folder import CHECKPOINT, RunFolder, versions
+from rlhf_lessons.checkpoint import Keeper, save_state
+from rlhf_lessons.display import say
+
+STEPS = 10  # of a fit, in the time of an iteration
+
+
+class Stage(Keeper):
+    """A stage's state in the folder of a run that goes on. While one is entered, Ctrl-C waits for the step's end.
+
+    beside: what is kept beside the state that is offered. A second Ctrl-C does not wait.
+    """
+
+    def __init__(
+        self, folder: RunFolder, name: str, *, every: int, beside: Callable[[], Mapping[str, Any]] = dict
+    ) -> None:
+        super().__init__(folder.state, every=every)
+        self.name, self.beside, self.asked = name, beside, False
+
+    def load(self) -> dict[str, Any] | None:
+        """The state that was kept of this very stage, or None."""
+        kept = super().load()
+        return kept["state"] if kept and kept["stage"] == self.name else None
+
+    def offer(self, done: int, state: Callable[[], Mapping[str, Any]]) -> None:
+        """Keep the state after every so many steps, and where the user asked to stop: raises KeyboardInterrupt then."""
+        if done % self.every == 0 or self.asked:
+            save_state(self.path, {"stage": self.name, "state": {**state(), **self.beside()}})
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Self:
+        def ask(number: int, frame: Any) -> None:
+            self.asked = True
+            signal.signal(number, signal.default_int_handler)
+            say("\nstopping after this step; once more, and it stops at once")
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, ask)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.asked and error[0] is None:  # in a step that was not to be kept
+            raise KeyboardInterrupt
+
+
+def begun(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """What the config.json of a run that was stopped says, and the command line that began it.
+
+    Raises ValueError for a folder that holds no run, or one that has finished.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        command = [str(word) for word in config["made_by"]["command"][3:]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: holds no run that could go on ({type(error).__name__}: {error})") from error
+    if not (folder / CHECKPOINT).is_dir():
+        raise ValueError(f"{folder}: its run has finished; --out begins another")
+    return config, command
+
+
+def original(arguments: argparse.Namespace, parse: Callable[[list[str]], argparse.Namespace]) -> argparse.Namespace:
+    """The arguments that the run which `--resume` names began with, and its folder.
+
+    Raises ValueError for an option beside `--resume` that is not the run's own.
+    """
+    config, command = begun(arguments.resume)
+    own, unsaid = parse(command), vars(parse(["run"]))
+    for name, value in vars(arguments).items():
+        if name not in ("command", "resume", "out") and value not in (unsaid.get(name), getattr(own, name, None)):
+            option, kept = typed(name), getattr(own, name, None)
+            raise ValueError(f"give --{option} as the run began ({kept}), or not at all, with --resume; got {value}")
+    own.resume, own.out, own.threads = arguments.resume, arguments.resume, config.get("threads")
+    return own
+
+
+def check_unchanged(folder: Path, described: Mapping[str, Any]) -> None:
+    """Raise ValueError for a run whose settings or inputs are not today what its config.json says of them."""
+    config, _ = begun(folder)
+    for section, now in json.loads(json.dumps(described)).items():
+        then = config.get(section)
+        pairs = {name: (then.get(name), now.get(name)) for name in {**then, **now}} if isinstance(then, dict) else {
+            section: (then, now)}  # fmt: skip
+        for name, (before, after) in pairs.items():
+            if before != after and section == "inputs":
+                raise ValueError(
+                    f"{name} must be what the run began with; {described['sources'].get(name)} has changed"
+                )
+            if before != after:
+                raise ValueError(f"{name} must be {before!r}, as the run began, to go on; got {after!r}")
+    if (then := config["made_by"]) and any(then.get(name) != version for name, version in versions().items()):
+        say("careful: the run began with other versions, and may not end as it would have")
+
+
+def digest(source: str) -> str | None:
+    """SHA-256 of a file, or of all files of a folder; None for what is neither, such as a name on the hub."""
+    path, total = Path(source), hashlib.sha256()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if not all(file.is_file() for file in files):
+        return None
+    for file in files:
+        with open(file, "rb") as opened:
+            total.update(str(file.relative_to(path)).encode() + hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()
+
+
+def digests(inputs: Inputs) -> dict[str, str | None]:
+    """Of each input that was given or lent: what its bytes come to, and the file of a score of one's own."""
+    sources = {name: path for name, path in inputs.given.items() if path and name != "score"}
+    sources |= {name: model.name for name in ("model", "reward_model") if (model := getattr(inputs, name))}
+    if inputs.score is not None:
+        sources["score"] = inspect.getsourcefile(inspect.unwrap(inputs.score)) or ""
+    return {name: digest(source) for name, source in sources.items()}
