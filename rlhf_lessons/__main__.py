@@ -16,8 +16,8 @@ EXIT_INTERRUPTED = 130
 EXIT_UNREAD = 141  # as of a program that the system ends because nobody reads what it prints
 
 
-def run_stage(arguments: argparse.Namespace, command: list[str]) -> None:
-    """`run`, `pretrain`, `reward` or `ppo`, into one folder. command: the words that asked for it."""
+def run_stage(arguments: argparse.Namespace) -> None:
+    """`run`, `pretrain`, `reward` or `ppo`, into one folder."""
     from rlhf_lessons.app import inputs, pipeline, resume
     from rlhf_lessons.app.run_folder import RunFolder
     from rlhf_lessons.device import keep_freed_memory, use_threads
@@ -37,7 +37,7 @@ def run_stage(arguments: argparse.Namespace, command: list[str]) -> None:
     if going_on:
         resume.check_unchanged(folder.path, described)
     else:
-        folder.write_config(described, command)
+        folder.write_config(described, arguments.words)
     try:
         with folder.in_use():
             if arguments.command == "pretrain":
@@ -128,11 +128,9 @@ def run_command(argv: list[str] | None) -> None:
     """Run a command, and hand over all that was printed, a help text too."""
     try:
         arguments = build_parser().parse_args(argv)
+        arguments.words = sys.argv[1:] if argv is None else argv
         others = {"sample": show_samples, "summary": show_summary, "progress": show_progress}
-        if arguments.command in others:
-            others[arguments.command](arguments)
-        else:
-            run_stage(arguments, sys.argv[1:] if argv is None else list(map(str, argv)))
+        others.get(arguments.command, run_stage)(arguments)
     finally:
         flush()
 

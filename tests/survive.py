@@ -22,7 +22,8 @@ from safetensors import safe_open
 from rlhf_lessons import tiny_reviews
 
 SIZES = """--layers 2 --width 64 --heads 2 --context 48 --lm-epochs 3 --lm-batch-size 16 --reward-epochs 2
---batch-size 32 --minibatch-size 16 --num-iterations 24 --max-new-tokens 12 --checkpoint-every 3 --device cpu --threads 1""".split()
+--batch-size 32 --minibatch-size 16 --num-iterations 24 --max-new-tokens 12 --checkpoint-every 3
+--device cpu --threads 1""".split()
 BEGIN = ("config.json", "base_model", "reward_model", "policy", "summary.json")  # what is there when a stage begins
 STAGES = ("pretraining", "reward training", "PPO", "report")
 

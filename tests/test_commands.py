@@ -344,8 +344,9 @@ def test_a_mistake_of_the_program_itself_is_not_hidden(run, monkeypatch):
     ("size", "failing", "kept"),
     [
         (300, "config.json", []),
-        (4000, "metrics.jsonl", ["config.json", "metrics.jsonl"]),
-        (50_000, "policy", ["config.json", "metrics.jsonl"]),
+        (4000, "metrics.jsonl", ["checkpoint", "config.json", "metrics.jsonl"]),
+        (50_000, "state.safetensors", ["checkpoint", "config.json", "metrics.jsonl"]),
+        (50_000, "policy", ["checkpoint", "config.json", "metrics.jsonl"]),
     ],
 )
 def test_a_full_disk(size, failing, kept, run, tmp_path):
@@ -354,7 +355,8 @@ def test_a_full_disk(size, failing, kept, run, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        code, _, error = run(*PPO.split(), *FAST, "--num-iterations", 15, "--out", out)
+        every = 100 if failing == "policy" else 10
+        code, _, error = run(*PPO.split(), *FAST, "--num-iterations", 15, "--checkpoint-every", every, "--out", out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     last = error.strip().splitlines()[-1]
@@ -391,7 +393,7 @@ def test_ctrl_c_in_mid_run(run, world, tmp_path):
     assert error.endswith("\nstopped; what was written so far is complete and can be read\n")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1)) and metrics.read_text().endswith("\n")
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "metrics.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "config.json", "metrics.jsonl"]
     assert json.loads((out / "config.json").read_text())["ppo"]["num_iterations"] == 100_000
     code, table, _ = run("summary", out)
     assert code == 0 and f"| out | ppo | {BETA:g} | 0 | stopped after {len(rows)} of 100000 iterations |" in table
@@ -538,7 +540,7 @@ def reads(monkeypatch):
     for kind in configs:
         monkeypatch.setattr(kind, "__post_init__", reads.noting((), kind.__post_init__))
     monkeypatch.setattr(commands, "settings_from", reads.noting((argparse.Namespace,), commands.settings_from))
-    monkeypatch.setattr(pipeline, "write_config", reads.noting((), pipeline.write_config))
+    monkeypatch.setattr(pipeline, "describe", reads.noting((), pipeline.describe))
 
     def parse_args(argv):
         reads.noted = ()

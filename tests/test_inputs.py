@@ -274,10 +274,10 @@ FILES = "--corpus corpus.txt --preferences pairs.jsonl --eval-preferences held_o
 @pytest.mark.parametrize(
     ("arguments", "models"),
     [
-        (["run", *FILES[2:], "--model", "lm", *PPO, "--out", "out"], ["lm"]),
-        (["run", *FILES, *FIT, *PPO, "--out", "out"], []),  # what was just trained is at hand
+        (["run", *FILES[2:], "--model", "lm", *PPO, "--out", "out"], ["lm", "out/reward_model"]),
+        (["run", *FILES, *FIT, *PPO, "--out", "out"], ["out/base_model", "out/reward_model"]),  # what was just trained
         (["ppo", *FILES[-2:], "--model", "lm", "--reward-model", "reward", *PPO, "--out", "out"], ["lm", "reward"]),
-        (["reward", *FILES[2:-2], "--model", "lm", "--device", "cpu", "--out", "out"], ["lm"]),
+        (["reward", *FILES[2:-2], "--model", "lm", "--device", "cpu", "--out", "out"], ["lm", "out/reward_model"]),
         (
             ["sample", *FILES[-2:], *"--model lm --policy policy --reward-model reward --count 2".split()],
             ["lm", "policy", "reward"],

@@ -205,18 +205,8 @@ def add_command(commands: Any, name: str, help: str, *sources: str) -> Parser:
     return sub
 
 
-def build_parser() -> Parser:
-    """All commands and their options."""
-    parser = Parser(
-        prog="python -m rlhf_lessons", description=ABOUT, epilog=f"examples:\n{EXAMPLES['']}",
-        usage="python -m rlhf_lessons COMMAND [options]",
-    )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"rlhf_lessons {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    run = add_command(
-        commands, "run", "the whole pipeline, from text to an aligned model and its report",
-        "corpus", "preferences", "eval_preferences", "prompts", "model", "reward_model", "score",
-    )  # fmt: skip
+def add_run_options(run: Parser) -> None:
+    """What `run` alone takes."""
     run.add_argument(
         "--method", choices=tuple(METHODS), default="ppo",
         help="how the base model is aligned; options that the method does not read are refused (default: ppo)",
@@ -231,6 +221,21 @@ def build_parser() -> Parser:
         "--opening-words", type=int, default=OPENING_WORDS, metavar="N",
         help=f"words of a --corpus line that make a prompt; 0: the begin token alone (default: {OPENING_WORDS})",
     )  # fmt: skip
+
+
+def build_parser() -> Parser:
+    """All commands and their options."""
+    parser = Parser(
+        prog="python -m rlhf_lessons", description=ABOUT, epilog=f"examples:\n{EXAMPLES['']}",
+        usage="python -m rlhf_lessons COMMAND [options]",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"rlhf_lessons {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    run = add_command(
+        commands, "run", "the whole pipeline, from text to an aligned model and its report",
+        "corpus", "preferences", "eval_preferences", "prompts", "model", "reward_model", "score",
+    )  # fmt: skip
+    add_run_options(run)
     add_command(commands, "pretrain", "train a language model from scratch on text", "corpus")
     add_command(
         commands, "reward", "train a reward model on preferences, from a language model's trunk",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from rlhf_lessons.app.inputs import Inputs
+from rlhf_lessons.app.inputs import FILES, Inputs
 from rlhf_lessons.app.options import typed
 from rlhf_lessons.app.run_folder import CHECKPOINT, RunFolder, versions
 from rlhf_lessons.checkpoint import Keeper, save_state
@@ -83,7 +83,10 @@ def original(arguments: argparse.Namespace, parse: Callable[[list[str]], argpars
     config, command = begun(arguments.resume)
     own, unsaid = parse(command), vars(parse(["run"]))
     for name, value in vars(arguments).items():
-        if name not in ("command", "resume", "out") and value not in (unsaid.get(name), getattr(own, name, None)):
+        if name not in ("command", "words", "resume", "out") and value not in (
+            unsaid.get(name),
+            getattr(own, name, None),
+        ):
             option, kept = typed(name), getattr(own, name, None)
             raise ValueError(f"give --{option} as the run began ({kept}), or not at all, with --resume; got {value}")
     own.resume, own.out, own.threads = arguments.resume, arguments.resume, config.get("threads")
@@ -121,9 +124,11 @@ def digest(source: str) -> str | None:
 
 
 def digests(inputs: Inputs) -> dict[str, str | None]:
-    """Of each input that was given or lent: what its bytes come to, and the file of a score of one's own."""
-    sources = {name: path for name, path in inputs.given.items() if path and name != "score"}
-    sources |= {name: model.name for name in ("model", "reward_model") if (model := getattr(inputs, name))}
+    """Of each input: the texts as they were read, the files of the models and of a score of one's own."""
+    texts = {name: [text if isinstance(text, str) else dict(text) for text in getattr(inputs, name) or ()]
+             for name in FILES}  # fmt: skip
+    found = {name: hashlib.sha256(json.dumps(read).encode()).hexdigest() for name, read in texts.items() if read}
+    sources = {name: model.name for name in ("model", "reward_model") if (model := getattr(inputs, name))}
     if inputs.score is not None:
         sources["score"] = inspect.getsourcefile(inspect.unwrap(inputs.score)) or ""
-    return {name: digest(source) for name, source in sources.items()}
+    return found | {name: digest(source) for name, source in sources.items()}
