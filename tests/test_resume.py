@@ -1,0 +1,258 @@
+"""`run --resume`: a run that was stopped anywhere leaves what one left in peace does; another one is refused."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from survive import begin, contents, left_half_written, survive, write_inputs
+
+from rlhf_lessons import __main__ as commands
+from rlhf_lessons import fitting
+from rlhf_lessons.app import align
+from rlhf_lessons.app.run_folder import RunFolder
+
+FEW = "--num-iterations 6 --lm-epochs 1 --reward-epochs 1 --checkpoint-every 2".split()
+METHODS = {
+    "ppo": ["--critic", "separate", "--adaptive-kl-target", "3", "--adaptive-kl-horizon", "100"],
+    "grpo": ["--samples-per-prompt", "4"],
+    "dpo": ["--dpo-batch-size", "16", "--dpo-epochs", "1"],
+    "best-of-n": ["--n", "8"],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    write_inputs(folder)
+    return folder
+
+
+def words(place, out, *more):
+    return [*begin(place, out)[3:], *FEW, *more]
+
+
+@pytest.fixture(scope="module")
+def in_peace(place):
+    assert commands.main(words(place, place / "peace")) == 0
+    return contents(place / "peace")
+
+
+@pytest.fixture
+def stopped(place, in_peace, tmp_path):
+    """A run that was interrupted in PPO's third iteration."""
+    out = tmp_path / "stopped"
+    with interrupted(align.History, "add", calls=3):
+        assert commands.main(words(place, out)) == 130
+    return out
+
+
+class interrupted:
+    """Ctrl-C in the n-th call of a function, or None of them."""
+
+    def __init__(self, owner, name, *, calls):
+        self.owner, self.name, self.calls, self.original = owner, name, calls, getattr(owner, name)
+
+    def __enter__(self):
+        def function(*arguments, **options):
+            self.calls -= 1
+            if self.calls == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            return self.original(*arguments, **options)
+
+        setattr(self.owner, self.name, function)
+
+    def __exit__(self, *error):
+        setattr(self.owner, self.name, self.original)
+
+
+STAGES = {
+    "before the language model": (fitting, "make_accelerator", 1),
+    "the language model": (fitting, "language_model_loss", 30),
+    "the reward model": (fitting, "bradley_terry_loss", 7),
+    "the reward model's normalisation": (fitting, "score_ids", 1),
+    "PPO, before its first checkpoint": (align.History, "add", 1),
+    "PPO": (align.History, "add", 5),
+    "PPO's last iteration": (align.History, "add", 6),
+    "samples": (align, "samples_table", 1),
+    "figures": (align, "draw_run", 1),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_was_stopped_ends_as_if_it_had_not(stage, place, in_peace, tmp_path, capsys):
+    owner, name, calls = STAGES[stage]
+    with interrupted(owner, name, calls=calls):
+        assert commands.main(words(place, tmp_path / "out")) == 130
+    assert left_half_written(tmp_path / "out") == []
+    assert f"run --resume {tmp_path / 'out'} goes on" in capsys.readouterr().err or stage.startswith("before")
+    assert commands.main(["run", "--resume", str(tmp_path / "out")]) == 0
+    found = contents(tmp_path / "out")
+    assert [name for name in {**in_peace, **found} if in_peace.get(name) != found.get(name)] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on(method, place, tmp_path):
+    out, peace = tmp_path / "out", tmp_path / "peace"
+    more = ["--method", method, *METHODS[method]]
+    sizes = [word for word in words(place, out, *more)]
+    if method in ("dpo", "best-of-n"):
+        for name in ("--minibatch-size", *(["--num-iterations"] if method == "best-of-n" else [])):
+            while name in sizes:
+                del sizes[sizes.index(name) : sizes.index(name) + 2]
+    with interrupted(align.Trainer, "collect", calls=5 if method != "best-of-n" else 1):
+        first = commands.main(sizes)
+    assert first == 130
+    assert commands.main(["run", "--resume", str(out)]) == 0
+    assert commands.main([word if word != str(out) else str(peace) for word in sizes]) == 0
+    found, expected = contents(out), contents(peace)
+    assert [name for name in {**expected, **found} if expected.get(name) != found.get(name)] == []
+
+
+def test_a_second_interruption_does_not_wait(place, in_peace, tmp_path):
+    """The state of the last checkpoint stays, and that of the broken step is not kept."""
+    out = tmp_path / "out"
+
+    def twice(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "language_model_loss", twice)
+        assert commands.main(words(place, out)) == 130
+    assert not (out / "checkpoint" / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--kl-coef", "0.3"], r"give --kl-coef as the run began \(None\), or not at all, with --resume; got 0.3"),
+        (["--num-iterations", "9"], r"give --num-iterations as the run began \(6\), or not at all, .* got 9"),
+        (["--method", "grpo"], r"give --method as the run began \(ppo\), or not at all"),
+    ],
+)
+def test_other_settings_are_refused(more, message, stopped, capsys):
+    before = contents(stopped)
+    assert commands.main(["run", "--resume", str(stopped), *more]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(f"^error: {message}", error) and contents(stopped) == before
+
+
+def test_the_runs_own_settings_may_be_said_again(stopped, in_peace):
+    assert commands.main(["run", "--resume", str(stopped), "--num-iterations", "6", "--method", "ppo"]) == 0
+
+
+def refused(arguments, message, capsys):
+    assert commands.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert re.search(f"^error: .*{message}", error.strip().splitlines()[-1]), error
+
+
+def test_changed_inputs_are_refused(place, tmp_path, capsys):
+    for name in ("corpus.txt", "pairs.jsonl", "held_out.jsonl"):
+        shutil.copy(place / name, tmp_path / name)
+    out = tmp_path / "out"
+    with interrupted(fitting, "language_model_loss", calls=3):
+        assert commands.main(words(tmp_path, out)) == 130
+    text = (tmp_path / "pairs.jsonl").read_text()
+    (tmp_path / "pairs.jsonl").write_text(text.replace("the", "a", 1))
+    refused(
+        ["run", "--resume", str(out)], "preferences must be what the run began with; .*pairs.jsonl has changed", capsys
+    )
+    (tmp_path / "pairs.jsonl").write_text(text)
+    assert commands.main(["run", "--resume", str(out)]) == 0
+
+
+def test_changed_models_and_scores_are_refused(make_lm, tokenizer, tmp_path, monkeypatch, capsys):
+    for part in (make_lm(), tokenizer):
+        part.save_pretrained(tmp_path / "lm")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "prompts.txt").write_text("film\n")
+    (tmp_path / "resumed_scores.py").write_text("def good(prompts, responses):\n    return [0.0] * len(responses)\n")
+    ppo = "ppo --model lm --prompts prompts.txt --score resumed_scores:good --device cpu --max-new-tokens 4 --out out"
+    with interrupted(align.History, "add", calls=1):
+        assert commands.main(ppo.split()) == 130
+    source = (tmp_path / "resumed_scores.py").read_text()
+    (tmp_path / "resumed_scores.py").write_text(source + "\n# another\n")
+    refused(
+        ["run", "--resume", "out"], "score must be what the run began with; resumed_scores:good has changed", capsys
+    )
+    (tmp_path / "resumed_scores.py").write_text(source)
+    make_lm(seed=1).save_pretrained(tmp_path / "lm")
+    refused(["run", "--resume", "out"], "model must be what the run began with; lm has changed", capsys)
+
+
+def test_a_finished_run_a_strange_folder_and_none_are_refused(place, in_peace, tmp_path, capsys):
+    refused(["run", "--resume", str(place / "peace")], "peace: its run has finished; --out begins another", capsys)
+    refused(
+        ["run", "--resume", str(tmp_path / "none")], "none: holds no run that could go on .FileNotFoundError", capsys
+    )
+    (tmp_path / "config.json").write_text("{}")
+    refused(["run", "--resume", str(tmp_path)], "holds no run that could go on .KeyError", capsys)
+
+
+def test_a_folder_in_use_is_refused(stopped, capsys):
+    holder = "import sys, time; from rlhf_lessons.app.run_folder import RunFolder\n" \
+             "with RunFolder(sys.argv[1], new=False).in_use(): print('held', flush=True); time.sleep(60)"  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", holder, str(stopped)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        refused(["run", "--resume", str(stopped)], "stopped: another process is at work in this folder", capsys)
+    finally:
+        process.kill()
+        process.communicate()
+    assert commands.main(["run", "--resume", str(stopped)]) == 0
+
+
+def test_a_stopped_runs_folder_is_not_taken_by_another(stopped, place, capsys):
+    refused(words(place, stopped), f"already holds .*, whose run --resume {stopped} continues", capsys)
+
+
+def test_a_broken_checkpoint_is_said_in_a_line(stopped, capsys):
+    state = stopped / "checkpoint" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    before = contents(stopped)
+    refused(["run", "--resume", str(stopped)], "cannot read the checkpoint .*state.safetensors", capsys)
+    assert contents(stopped) == before
+    state.unlink()  # without it, the stage begins again
+    assert commands.main(["run", "--resume", str(stopped)]) == 0
+
+
+def test_what_a_killed_process_left_half_written_is_removed(stopped):
+    (stopped / "policy.partial").mkdir()
+    (stopped / "policy.partial" / "model.safetensors").write_text("half")
+    (stopped / "samples.md.partial").write_text("half")
+    with open(stopped / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 4, "kl"')
+    with RunFolder(stopped, new=False).in_use():
+        assert sorted(path.name for path in stopped.iterdir() if "partial" in path.name) == []
+    assert len(RunFolder(stopped, new=False).go_on_after(3)) == 3
+
+
+def test_a_fit_in_another_thread_leaves_signals_alone(place, tmp_path):
+    codes, sizes = [], "--layers 1 --width 16 --heads 1 --context 32 --lm-epochs 0.1 --device cpu".split()
+    out = tmp_path / "out"
+    command = ["pretrain", *words(place, out)[1:3], *sizes, "--out", str(out)]
+    thread = threading.Thread(target=lambda: codes.append(commands.main(command)))
+    thread.start()
+    thread.join()
+    assert codes == [0] and not (out / "checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_runs_survive_being_killed(tmp_path):
+    assert survive(Path(tmp_path), kills=4, seed=2) == 0
+
+
+def test_config_tells_of_every_input(place, in_peace):
+    config = json.loads((place / "peace" / "config.json").read_text())
+    assert set(config["inputs"]) == {"corpus", "preferences", "eval_preferences"}
+    assert all(len(value) == 64 for value in config["inputs"].values())
