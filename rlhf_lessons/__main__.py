@@ -20,6 +20,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
     """`run`, `pretrain`, `reward` or `ppo`, into one folder."""
     from rlhf_lessons.app import inputs, pipeline
     from rlhf_lessons.app.run_folder import RunFolder
+    from rlhf_lessons.app.trackers import tracked
     from rlhf_lessons.device import keep_freed_memory, use_threads
     from rlhf_lessons.display import say
 
@@ -35,7 +36,9 @@ def run_stage(arguments: argparse.Namespace) -> None:
     elif arguments.command == "reward":
         made = pipeline.fit_reward(found, found.model, settings, folder).name
     else:
-        print_summary(folder.path, pipeline.run(found, settings, folder, arguments))
+        with tracked({*(arguments.log_with or ())}, folder.path, device=settings.method.device) as follow:
+            folder.followers.append(follow)
+            print_summary(folder.path, pipeline.run(found, settings, folder, arguments))
         made = folder.path
     print(f"\nwritten to {made}")
 
@@ -54,9 +57,10 @@ def print_summary(folder: Path, summary: dict[str, Any]) -> None:
     print((folder / "samples.md").read_text(encoding="utf-8"))
     before, after = summary["before"], summary["after"]
     print(f"KL from the reference: {after['kl']:.1f} nats per response, at the end")
-    for name, label in (("score", "proxy reward"), ("gold", "gold reward")):
-        if name in after:
-            print(f"{label}: {before[name]:.2f} before, {after[name]:.2f} after")
+    for where, on in (("", ""), ("eval_", " on the evaluation prompts")):
+        for name, label in ((where + "score", "proxy reward"), (where + "gold", "gold reward")):
+            if name in after:
+                print(f"{label}{on}: {before[name]:.2f} before, {after[name]:.2f} after")
 
 
 def show_samples(arguments: argparse.Namespace) -> None:

@@ -46,15 +46,20 @@ class History:
         return tiny_reviews.gold_reward(*batch.texts(self.trainer.tokenizer))
 
     def begin(self, untrained: Rollout) -> None:
-        """Remember what the base model's responses were worth."""
+        """Remember what the base model's responses were worth, those to the evaluation prompts too."""
         self.before = {"score": float(untrained.scores.mean()), "score_std": float(untrained.scores.std())}
-        if self.gold:
-            self.before["gold"] = float(self.gold_of(untrained).mean())
+        self.before |= looked_at(self.trainer)
+        self.add_gold(self.before, untrained)
+
+    def add_gold(self, metrics: dict[str, float], batch: Rollout) -> None:
+        """The gold reward beside each score in these metrics, if it is measured: the batch's, the evaluation's."""
+        for name, samples in (("gold", batch), ("eval_gold", self.trainer.evaluated)):
+            if self.gold and name not in metrics and name.replace("gold", "score") in metrics:
+                metrics[name] = float(self.gold_of(samples).mean())
 
     def add(self, iteration: int, metrics: dict[str, float], batch: Rollout) -> None:
         """One more row."""
-        if self.gold and "gold" not in metrics:
-            metrics["gold"] = float(self.gold_of(batch).mean())
+        self.add_gold(metrics, batch)
         self.folder.append_metrics(iteration, metrics)
         self.rows.append({"iteration": iteration} | metrics)
         self.show(iteration, metrics)
@@ -62,6 +67,7 @@ class History:
     def report(self, batch: Rollout, *, last: int, n: int = 1) -> dict[str, Any]:
         """Samples, pictures and the summary, which is returned: before, and the mean of the last rows.
 
+        Of the evaluation prompts it holds what the last row does.
         batch: one of whose responses is drawn; n: that each answer after is the best of. Raises ValueError at the end
         for parts that could not be made; all others are there then.
         """
@@ -69,6 +75,7 @@ class History:
         models = {"before": trainer.reference, "after": trainer.lm}
         names = [name for name in ("score", "gold", "kl") if name in self.rows[-1]]
         after = {name: mean_of_last(self.rows, name, last=last) for name in names}
+        after |= {name: value for name, value in self.rows[-1].items() if name.startswith("eval_")}
         summary = {"before": self.before, "after": after}
 
         def write_samples() -> None:
@@ -106,6 +113,11 @@ def looking(config: SamplingConfig, *arguments: Any, each: int = 1, prompts: int
     return Trainer(TrainerConfig(**shared), *arguments, **options)
 
 
+def looked_at(trainer: Trainer) -> dict[str, float]:
+    """What the responses to the evaluation prompts have come to; nothing where there are none."""
+    return trainer.evaluate()[0] if trainer.eval_prompts else {}
+
+
 def optimise_directly(
     config: DPOConfig, policy: nn.Module, *arguments: Any, pairs: Records, held_out: Records, folder: RunFolder,
     gold: bool, **options: Any,
@@ -134,7 +146,7 @@ def optimise_directly(
         }  # fmt: skip
         row = {name: float(value) for name, value in measured.items()} | {"loss": sum(losses) / len(losses)}
         losses.clear()
-        history.add(look, row, batch)
+        history.add(look, row | looked_at(trainer), batch)
 
     fit_dpo(
         trainer.lm, trainer.reference, pairs, trainer.tokenizer, beta=config.kl_coef, loss=config.dpo_loss,
@@ -241,16 +253,19 @@ def longest_response(batch: Rollout, tokenizer: "PreTrainedTokenizerBase") -> tu
 def align(
     method: str, config: SamplingConfig, policy: nn.Module, score: Any, prompts: Records,
     tokenizer: "PreTrainedTokenizerBase", *, folder: RunFolder, pairs: tuple[Records, Records], gold: bool,
-    sampler: Callable[..., Any] | None,
+    **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A policy, from the base model that it is, by one of `config.METHODS`. pairs: to learn from, and held out."""
+    """A policy, from the base model that it is, by one of `config.METHODS`.
+
+    pairs: to learn from, and held out; options: sampler and eval_prompts of `Trainer`.
+    """
     arguments = (policy, copy.deepcopy(getattr(policy, "lm", policy)), score, prompts, tokenizer)
     if method in TRAINERS:
-        trainer = TRAINERS[method](config, *arguments, sampler=sampler)
+        trainer = TRAINERS[method](config, *arguments, **options)
         return optimise(trainer, folder, method=method, gold=gold)
     if method == "dpo":
         learnt, held_out = pairs
         return optimise_directly(
-            config, *arguments, pairs=learnt, held_out=held_out, folder=folder, gold=gold, sampler=sampler
+            config, *arguments, pairs=learnt, held_out=held_out, folder=folder, gold=gold, **options
         )
-    return choose_among(config, *arguments, folder=folder, gold=gold, sampler=sampler)
+    return choose_among(config, *arguments, folder=folder, gold=gold, **options)

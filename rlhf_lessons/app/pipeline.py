@@ -37,7 +37,7 @@ from rlhf_lessons.scoring import as_scorer, preference_accuracy
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAMED = ("method", "sampler", "opening_words", "long_pairs")  # options that are no setting of a stage
+NAMED = ("method", "sampler", "opening_words", "long_pairs", "log_with")  # options that are no setting of a stage
 NUM_TEXTS = 64_000  # of the tiny world, that its base model learns to write from
 NUM_HELD_OUT = 1000  # pairs of the tiny world that a reward model is measured on
 
@@ -59,21 +59,21 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
     """`run` and `ppo`: the whole pipeline; a stage whose result is given is left out. Returns the method's summary."""
     config, method, words = settings.method, method_of(arguments), getattr(arguments, "opening_words", 0)
     prompts = choose_prompts(inputs, opening_words=words, seed=config.seed, max_new_tokens=config.max_new_tokens)
-    base = inputs.model
+    base, asked = inputs.model, [*prompts, *(inputs.eval_prompts or ())]
     if base is None:
         require("context", settings.pretrain.context, settings.pretrain.context > config.max_new_tokens,
                 f"more than max_new_tokens = {config.max_new_tokens}")  # fmt: skip
-        base = pretrain(inputs, settings, folder, prompts=prompts, max_new_tokens=config.max_new_tokens)
+        base = pretrain(inputs, settings, folder, prompts=asked, max_new_tokens=config.max_new_tokens)
         policy = base.network
         if critic := critic_of(arguments):
             policy = CausalLMWithValueHead(policy, critic=critic)
     else:
         policy = base.network
-        check_lengths(inputs, base.tokenizer, policy, prompts=prompts, max_new_tokens=config.max_new_tokens)
+        check_lengths(inputs, base.tokenizer, policy, prompts=asked, max_new_tokens=config.max_new_tokens)
     lm = getattr(policy, "lm", policy)
     say(f"base model: {base.name}, {millions(lm)} parameters, context {context_of(policy)}")
-    if inputs.prompts is not None:
-        warn_of_unknown([record["prompt"] for record in prompts], base.tokenizer, inputs.given["prompts"])
+    for name in ("prompts", "eval_prompts"):
+        warn_of_unknown([x["prompt"] for x in getattr(inputs, name) or ()], base.tokenizer, inputs.given[name])
 
     reward_model, pairs, base = inputs.reward_model, ((), ()), Model(lm, base.tokenizer, base.name)
     if method == "dpo" or (reward_model is None and inputs.score is None):
@@ -86,12 +86,12 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
         else f"{TITLES[method]} maximises {named}")  # fmt: skip
     if isinstance(score, nn.Module):
         data.encode_prompts(
-            base.tokenizer, prompts, max_new_tokens=config.max_new_tokens, context=context_of(score),
+            base.tokenizer, asked, max_new_tokens=config.max_new_tokens, context=context_of(score),
             whose="the reward model",
         )  # fmt: skip
     return align(
         method, config, policy, score, prompts, base.tokenizer, folder=folder, pairs=pairs, gold=inputs.tiny_world,
-        sampler=sampler_named(arguments.sampler),
+        sampler=sampler_named(arguments.sampler), eval_prompts=inputs.eval_prompts or (),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@
     summary.json     before and after, in numbers; written last, so that it tells a finished run from a stopped one
     samples.md       before and after, side by side
     figures/*.png    curves, and one response token by token
+    tensorboard/     the metrics once more, for TensorBoard, if asked for
     policy/ reward_model/ base_model/    Hugging Face checkpoints
 
 Whole files are written beside their place and then moved there, so that a run that is stopped leaves none half-written.
@@ -48,7 +49,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path, self.followers = Path(path), []
         self.path.mkdir(parents=True, exist_ok=True)
         held = sorted(item.name for item in self.path.iterdir() if item.name != "config.json")
         if held:
@@ -88,7 +89,7 @@ class RunFolder:
         self.write_json("config.json", settings | {"made_by": made_by})
 
     def append_metrics(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Add one line to metrics.jsonl, whole or not at all."""
+        """Add one line to metrics.jsonl, whole or not at all; then tell all who follow the run."""
         line = strict_json({"iteration": iteration} | {name: round(value, 6) for name, value in metrics.items()})
         path = self.path / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
@@ -101,6 +102,8 @@ class RunFolder:
             if isinstance(error, OSError):
                 error.filename = str(path)
             raise
+        for follow in self.followers:
+            follow(iteration, metrics)
 
     def save_models(self, name: str, *parts: Any) -> Path:
         """Save models and tokenizers that share a folder (anything with save_pretrained), whole or not at all."""
