@@ -20,6 +20,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
     """`run`, `pretrain`, `reward` or `ppo`, into one folder."""
     from rlhf_lessons.app import inputs, pipeline, resume
     from rlhf_lessons.app.run_folder import RunFolder
+    from rlhf_lessons.app.trackers import tracked
     from rlhf_lessons.device import keep_freed_memory, use_threads
     from rlhf_lessons.display import say
 
@@ -30,7 +31,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
     use_threads(threads_of(arguments))
     settings = settings_from(arguments)
     out = arguments.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = RunFolder(out, new=not going_on)
+    folder = RunFolder(out, new=not going_on, every=arguments.checkpoint_every)
     say(f"run folder: {folder.path}")
     found = inputs.resolve(arguments)
     described = pipeline.describe(found, settings, arguments)
@@ -38,12 +39,14 @@ def run_stage(arguments: argparse.Namespace) -> None:
         resume.check_unchanged(folder.path, described)
     else:
         folder.write_config(described, arguments.words)
+    followed = tracked({*(getattr(arguments, "log_with", None) or ())}, folder.path, device=settings.method.device)
     try:
-        with folder.in_use():
+        with folder.in_use(), followed as follow:
+            folder.followers.append(follow)
             if arguments.command == "pretrain":
-                made = pipeline.pretrain(found, settings, folder, every=arguments.checkpoint_every).name
+                made = pipeline.pretrain(found, settings, folder).name
             elif arguments.command == "reward":
-                made = pipeline.fit_reward(found, found.model, settings, folder, every=arguments.checkpoint_every).name
+                made = pipeline.fit_reward(found, found.model, settings, folder).name
             else:
                 print_summary(folder.path, pipeline.run(found, settings, folder, arguments))
                 made = folder.path
@@ -68,9 +71,10 @@ def print_summary(folder: Path, summary: dict[str, Any]) -> None:
     print((folder / "samples.md").read_text(encoding="utf-8"))
     before, after = summary["before"], summary["after"]
     print(f"KL from the reference: {after['kl']:.1f} nats per response, at the end")
-    for name, label in (("score", "proxy reward"), ("gold", "gold reward")):
-        if name in after:
-            print(f"{label}: {before[name]:.2f} before, {after[name]:.2f} after")
+    for where, on in (("", ""), ("eval_", " on the evaluation prompts")):
+        for name, label in ((where + "score", "proxy reward"), (where + "gold", "gold reward")):
+            if name in after:
+                print(f"{label}{on}: {before[name]:.2f} before, {after[name]:.2f} after")
 
 
 def show_samples(arguments: argparse.Namespace) -> None:

@@ -116,6 +116,7 @@ class TrainerConfig(SamplingConfig):
     minibatch_size: int = setting(32, COUNT, "responses in one optimiser step, over all processes")
     gradient_accumulation_steps: int = setting(1, COUNT, "pieces in which a minibatch is computed, to save memory")
     ppo_epochs: int = setting(4, COUNT, "passes over each batch")
+    eval_every: int = setting(10, COUNT, "iterations from one evaluation to the next, where there are prompts for it")
     learning_rate: float = setting(1e-3, POSITIVE, "of AdamW at the start")
     lr_schedule: str = setting("linear", one_of("linear", "constant"), "linear (to 0 over the run) or constant")
     max_grad_norm: float = setting(1.0, LIMIT, "gradients are scaled down to this norm")

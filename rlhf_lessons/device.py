@@ -1,6 +1,6 @@
 """Where models run, in what precision and in how many processes: the one place that talks to accelerate."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,10 +22,11 @@ def check_device(device: str) -> str:
     return device
 
 
-def make_accelerator(device: str = "auto") -> "Accelerator":
+def make_accelerator(device: str = "auto", **options: Any) -> "Accelerator":
     """An Accelerator for that device; raises ValueError when the machine lacks it. On one CPU it changes nothing.
 
-    Precision is `autocast`'s alone, so that trainers of different precision can live in one process.
+    options: Accelerator's others. Precision is `autocast`'s alone, so that trainers of different precision can live in
+    one process.
     """
     from accelerate import Accelerator  # takes seconds, and `--help` reads this module
     from accelerate.state import AcceleratorState, PartialState
@@ -35,7 +36,16 @@ def make_accelerator(device: str = "auto") -> "Accelerator":
     settled = not state or (state["device"].type == wanted and state.get("_mixed_precision", "no") == "no")
     if not settled and not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one device for the whole process
-    return Accelerator(cpu=wanted == "cpu", mixed_precision="no")
+    return Accelerator(cpu=wanted == "cpu", mixed_precision="no", **options)
+
+
+def known_trackers() -> dict[str, bool]:
+    """The experiment trackers that accelerate knows, by name, and whether each can be imported here."""
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    installed = [*map(str, get_available_trackers())]
+    return {name: name in installed for name in LoggerType.list() if name != "all"}
 
 
 def share_of(accelerator: "Accelerator", count: int) -> slice:
@@ -49,7 +59,8 @@ def gather_rows(accelerator: "Accelerator", rows: torch.Tensor, *, padding: int 
     if accelerator.num_processes == 1:
         return rows
     if rows.ndim > 1:
-        rows = accelerator.pad_across_processes(rows, dim=1, pad_index=padding)
+        padded = accelerator.pad_across_processes(rows, dim=1, pad_index=padding)
+        rows = padded.to(rows.dtype)  # padding makes whole numbers of a mask, and each process must bring the same
     return accelerator.gather(rows)
 
 

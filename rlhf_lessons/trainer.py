@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lessons.checkpoint import learnt, load_learnt
-from rlhf_lessons.config import PPOConfig, TrainerConfig, require
-from rlhf_lessons.data import as_record, encode_prompts, pad
+from rlhf_lessons.config import COUNT, PPOConfig, TrainerConfig, require
+from rlhf_lessons.data import Prompt, as_record, encode_prompts, pad
 from rlhf_lessons.device import autocast, gather_rows, make_accelerator, share_of
 from rlhf_lessons.fitting import check_finite, fit_language_model, fit_reward_model
 from rlhf_lessons.forward import context_of
@@ -44,6 +44,7 @@ from rlhf_lessons.rollout import (
     check_language_model,
     collect,
     describe,
+    joined,
     policy_outputs,
     ppo_credit,
     reference_logits,
@@ -60,6 +61,7 @@ EARLY_STOP = 1.5  # times the target KL
 FACTS = ("scores", "log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns")  # causes first
 
 Report = dict[str, Tensor]
+Callback = Callable[[int, dict[str, float], Credited], Any]  # (iteration, metrics, batch); True ends the training
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Trainer:
     (prompts, responses) -> (B,) floats of two lists of texts, EOS stripped, or a `Scorer`; prompts: texts, token ids,
     chats, or records with such a `prompt` and columns for the score, drawn at random for each batch. sampler: what
     takes the place of `sample_responses`; optimizer: over the policy's parameters, AdamW where none is given;
-    scheduler: of that optimizer, stepped once an iteration, `lr_schedule` where none is given.
+    scheduler: of that optimizer, stepped once an iteration, `lr_schedule` where none is given; eval_prompts: what the
+    policy is looked at with between iterations (`evaluate`), each a prompt as the others.
     Raises ValueError for a config of another method, a reference that shares parameters with the policy, no prompts, a
     prompt too long for the context, a precision that the device lacks, or models that `check_models` refuses.
     """
@@ -95,6 +98,7 @@ class Trainer:
         scorer: Scorer | nn.Module | Callable[..., Any], prompts: Sequence[str | Mapping[str, Any]],
         tokenizer: "PreTrainedTokenizerBase", *, sampler: Callable[..., Responses] | None = None,
         optimizer: torch.optim.Optimizer | None = None, scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        eval_prompts: Sequence[Prompt | Mapping[str, Any]] = (),
     ) -> None:  # fmt: skip
         require("config", type(config).__name__, isinstance(config, self.settings), f"a {self.settings.__name__}")
         self.config, self.tokenizer = config, tokenizer
@@ -110,10 +114,10 @@ class Trainer:
         if scheduler is not None and scheduler.optimizer is not optimizer:
             raise ValueError("scheduler must come with the optimizer that it steers; got another one or none")
         check_tokenizer(tokenizer)
-        self.prompts = [as_record(prompt) for prompt in prompts]
-        self.prompt_ids = encode_prompts(
-            tokenizer, prompts, max_new_tokens=config.max_new_tokens, context=context_of(policy)
-        )
+        room = dict(max_new_tokens=config.max_new_tokens, context=context_of(policy))
+        self.prompts, self.prompt_ids = [*map(as_record, prompts)], encode_prompts(tokenizer, prompts, **room)
+        self.eval_prompts = [*map(as_record, eval_prompts)]
+        self.eval_ids = encode_prompts(tokenizer, eval_prompts, **room) if eval_prompts else []
         self.reference = reference.to(self.device).requires_grad_(False).eval()
         self.scorer = as_scorer(scorer, tokenizer, rows=config.scored_rows)
         if isinstance(self.scorer, ModelScorer):
@@ -130,7 +134,7 @@ class Trainer:
         # The same in every process: each draws for the whole batch and takes its rows, so a seed means one batch.
         self.generator = torch.Generator().manual_seed(config.seed)
         self.sampler = sampler or sample_responses
-        self.iteration, self.unproven = 0, False
+        self.iteration, self.unproven, self.evaluated = 0, False, None
         self.check_models()
 
     def check_models(self) -> None:
@@ -183,14 +187,40 @@ class Trainer:
         self.iteration += 1
         return metrics
 
-    def train(self, on_step: Callable[[int, dict[str, float], Credited], None] | None = None) -> list[dict[str, float]]:
-        """`num_iterations` steps; after each, on_step(step, metrics, batch), which may add to the metrics."""
-        history = []
-        while self.iteration < self.config.num_iterations:
-            history.append(self.step())
-            if on_step is not None:
-                on_step(self.iteration, history[-1], self.batch)
+    def train(self, on_step: Callback | None = None, *others: Callback) -> list[dict[str, float]]:
+        """The steps that are left of `num_iterations`; after each, every callback, in order. Returns their metrics.
+
+        A callback gets (iteration, metrics, batch), may add to the metrics, and ends the training by returning True;
+        another call goes on from there. With evaluation prompts, the metrics after every `eval_every`-th iteration and
+        the last hold those of `evaluate`.
+        """
+        history, ended, last = [], False, self.config.num_iterations
+        while self.iteration < last and not ended:
+            metrics = self.step()
+            history.append(metrics)
+            if self.eval_prompts and (self.iteration % self.config.eval_every == 0 or self.iteration == last):
+                metrics |= self.evaluate()[0]
+            said = [call(self.iteration, metrics, self.batch) for call in (on_step, *others) if call is not None]
+            ended = any(answer is True for answer in said)
         return history
+
+    def evaluate(self) -> tuple[dict[str, float], Rollout]:
+        """One response to each evaluation prompt: what `describe` says of them, under "eval_…", and the rollout.
+
+        They are drawn by the same uniform numbers each time, so that a difference is the policy's, and nothing that
+        the training depends on changes. At most `batch_size` are sampled at once. Raises ValueError without prompts.
+        """
+        count = len(self.eval_ids)
+        COUNT.check("the number of eval_prompts", count)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        rows = torch.arange(count + -count % self.accelerator.num_processes) % count  # as many for each process
+        with autocast(self.device, self.config.precision):
+            parts = [
+                self.answers([self.eval_ids[i] for i in some], [self.eval_prompts[i] for i in some], some, generator)
+                for some in rows.split(self.config.batch_size)
+            ]
+        self.evaluated = joined(parts, pad_id=self.tokenizer.pad_token_id).rows(torch.arange(count))
+        return {f"eval_{name}": float(value) for name, value in describe(self.evaluated).items()}, self.evaluated
 
     def rollout(self) -> Credited:
         """One batch to learn from: its facts, then their credit, with the current policy and today's β.
@@ -208,17 +238,27 @@ class Trainer:
 
     def collect(self) -> Rollout:
         """Draw prompts and sample `samples_per_prompt` responses to each, with their facts."""
-        config, count, pad_id = self.config, self.config.batch_size, self.tokenizer.pad_token_id
-        draws = torch.randint(len(self.prompt_ids), (count // config.samples_per_prompt,), generator=self.generator)
-        drawn = draws.repeat_interleave(config.samples_per_prompt).tolist()
-        group = torch.arange(len(draws)).repeat_interleave(config.samples_per_prompt)
-        uniforms = draw_uniforms(count, config.max_new_tokens, generator=self.generator)
-        input_ids, mask = pad([self.prompt_ids[i] for i in drawn], pad_id, side="left")
-        records, own = tuple(self.prompts[i] for i in drawn), share_of(self.accelerator, count)
+        each = self.config.samples_per_prompt
+        draws = torch.randint(len(self.prompt_ids), (self.config.batch_size // each,), generator=self.generator)
+        drawn, group = (x.repeat_interleave(each) for x in (draws, torch.arange(len(draws))))
+        prompts = [self.prompt_ids[i] for i in drawn], [self.prompts[i] for i in drawn]
+        return self.answers(*prompts, group, self.generator)
+
+    def answers(
+        self, ids: list[list[int]], records: Sequence[Mapping[str, Any]], group: Tensor, generator: torch.Generator
+    ) -> Rollout:
+        """A response to each of these prompts, with its facts: each process samples its rows, and gets all.
+
+        ids: the prompts' tokens; records: the prompts themselves; group (B,): the draw of a prompt that a row answers.
+        """
+        config, count, pad_id = self.config, len(ids), self.tokenizer.pad_token_id
+        uniforms = draw_uniforms(count, config.max_new_tokens, generator=generator)
+        input_ids, mask = pad(ids, pad_id, side="left")
+        records, own = tuple(records), share_of(self.accelerator, count)
         rollout = collect(
             self.lm, self.reference, self.scorer, input_ids[own].to(self.device), mask[own].to(self.device),
             config=config, sample=self.sampler, group=group[own].to(self.device), records=records[own],
-            eos_id=eos_ids(self.lm, self.tokenizer), pad_id=pad_id, generator=self.generator, uniforms=uniforms[own],
+            eos_id=eos_ids(self.lm, self.tokenizer), pad_id=pad_id, generator=generator, uniforms=uniforms[own],
         )  # fmt: skip
         gathered = {
             name: gather_rows(self.accelerator, x, padding=pad_id if name == "tokens" else 0)

@@ -141,19 +141,22 @@ SMALL = dict(
 )
 
 
-def tiny_trainer(policy=None, reference=None, score_fn=count_good, prompts=PROMPTS, tokenizer=None, **settings):
+def tiny_trainer(
+    policy=None, reference=None, score_fn=count_good, prompts=PROMPTS, tokenizer=None, eval_prompts=(), **settings
+):
     """A trainer on the CPU. Policy and reference are different random models: the KL between them is not 0."""
     from rlhf_lessons.trainer import PPOConfig, PPOTrainer
 
     policy = tiny_policy(head=0.1) if policy is None else policy
     reference = tiny_lm(seed=1) if reference is None else reference
     tokenizer = word_tokenizer() if tokenizer is None else tokenizer
-    return PPOTrainer(PPOConfig(**(SMALL | settings)), policy, reference, score_fn, prompts, tokenizer)
+    arguments = PPOConfig(**(SMALL | settings)), policy, reference, score_fn, prompts, tokenizer
+    return PPOTrainer(*arguments, eval_prompts=eval_prompts)
 
 
 @pytest.fixture(scope="session")
 def make_trainer():
-    """make_trainer(policy=None, reference=None, score_fn=count_good, prompts=PROMPTS, tokenizer=None, **settings)."""
+    """make_trainer(policy, reference, score_fn, prompts, tokenizer, eval_prompts, **settings): none has to be given."""
     return tiny_trainer
 
 

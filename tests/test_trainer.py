@@ -17,6 +17,7 @@ from rlhf_lessons import fitting
 from rlhf_lessons.config import GRPOConfig, TrainerConfig
 from rlhf_lessons.data import encode_prompt, encode_response
 from rlhf_lessons.device import autocast, gather_rows, make_accelerator
+from rlhf_lessons.generation import sample_responses
 from rlhf_lessons.models import RewardModel
 from rlhf_lessons.scoring import Scorer, as_scorer
 from rlhf_lessons.trainer import PPOConfig, PPOTrainer, fit_language_model, fit_reward_model
@@ -415,6 +416,114 @@ def test_on_step_sees_every_step_and_may_add_to_its_metrics(make_trainer):
     assert seen == [(1, 16), (2, 16), (3, 16)]
     assert [metrics["gold"] for metrics in history] == [2.0, 4.0, 6.0]
     assert trainer.train() == [], "the run is over"
+
+
+def test_several_callbacks_run_in_order_and_one_that_returns_true_ends_the_training(make_trainer):
+    """All of that iteration are called, truth alone ends it, and another call goes on from there."""
+    trainer, seen = make_trainer(num_iterations=4), []
+
+    def first(step, metrics, batch):
+        metrics["doubled"] = 2 * step
+        return step == 2
+
+    def second(step, metrics, batch):
+        seen.append((step, metrics["doubled"], trainer.iteration, batch is trainer.batch))
+        return (step, "what a lambda happens to return")
+
+    assert [metrics["doubled"] for metrics in trainer.train(first, second)] == [2, 4]
+    assert seen == [(1, 2, 1, True), (2, 4, 2, True)]
+    assert len(trainer.train(on_step=first)) == 2 and trainer.iteration == 4 and len(seen) == 2
+
+
+def stop_at(step):
+    return lambda iteration, metrics, batch: iteration == step
+
+
+def test_a_training_that_was_ended_and_went_on_is_the_one_that_was_not(make_trainer):
+    whole, parts = make_trainer(), make_trainer()
+    history = [without_times(metrics) for metrics in whole.train()]
+    assert [without_times(metrics) for metrics in parts.train(stop_at(1)) + parts.train()] == history
+
+
+# --- Evaluation prompts ---------------------------------------------------------------------------
+
+EVAL_PROMPTS = ["good", "bad film", "film film bad", "", "good bad film", "film ."]
+
+
+def log_prob_alone(lm, ids, start):
+    """Of the tokens from `start` on, the whole text read once by itself."""
+    with torch.no_grad():
+        logits = lm(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]
+    return float(logits.log_softmax(-1).gather(1, torch.tensor(ids[start:])[:, None]).sum())
+
+
+def test_an_evaluation_is_one_response_to_each_prompt_drawn_by_the_seed(make_trainer, tokenizer):
+    """Against prompts sampled one at a time, each by its row of the numbers, and texts read one at a time."""
+    trainer = make_trainer(eval_prompts=EVAL_PROMPTS, missing_eos_penalty=0.25, seed=3)
+    trainer.train(stop_at(2))
+    metrics, rollout = trainer.evaluate()
+    uniforms = torch.rand(len(EVAL_PROMPTS), 6, generator=torch.Generator().manual_seed(3))
+    scores, kls, lengths, ended = [], [], [], []
+    for row, prompt in enumerate(EVAL_PROMPTS):
+        ids = encode_prompt(tokenizer, prompt)
+        alone = sample_responses(
+            trainer.lm, torch.tensor([ids]), torch.ones(1, len(ids)), max_new_tokens=6, eos_id=EOS, pad_id=PAD,
+            uniforms=uniforms[row : row + 1],
+        )  # fmt: skip
+        response = alone.tokens[0].tolist()
+        assert rollout.tokens[row][rollout.attention_mask[row]].tolist() == ids + response
+        assert rollout.records[row] == {"prompt": prompt}
+        scores.append(tokenizer.decode(response).split().count("good") - 0.25 * (response[-1] != EOS))
+        kls.append(log_prob_alone(trainer.lm, ids + response, len(ids)))
+        kls[-1] -= log_prob_alone(trainer.reference, ids + response, len(ids))
+        lengths.append(len(response))
+        ended.append(response[-1] == EOS)
+    assert {*ended} == {True, False} and len({*lengths}) > 2, "rows of one kind would prove less"
+    expected = {"score": scores, "kl": kls, "response_length": lengths, "ended": ended}
+    means = {f"eval_{name}": sum(values) / len(values) for name, values in expected.items()}
+    assert metrics == pytest.approx(means, abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 6, 16, 21])
+def test_an_evaluation_samples_a_batch_at_most_at_once(count, make_trainer):
+    prompts = (EVAL_PROMPTS * 4)[:count]
+    few, many = (make_trainer(eval_prompts=prompts, batch_size=size, minibatch_size=8) for size in (8, 32))
+    sizes, answers = [], few.answers
+    few.answers = lambda ids, *others: sizes.append(len(ids)) or answers(ids, *others)
+    (one, in_parts), (other, at_once) = few.evaluate(), many.evaluate()
+    assert max(sizes) <= 8 and sum(sizes) == count == len(in_parts) == len(at_once)
+    assert one == pytest.approx(other, abs=1e-5) and torch.equal(in_parts.tokens, at_once.tokens)
+
+
+def test_an_evaluation_is_the_same_each_time_and_moves_with_the_policy(make_trainer):
+    trainer = make_trainer(eval_prompts=EVAL_PROMPTS, learning_rate=1e-2)
+    before, again = trainer.evaluate()[0], trainer.evaluate()[0]
+    assert before == again
+    trainer.step()
+    assert trainer.evaluate()[0] != before
+
+
+@pytest.mark.parametrize(("every", "at"), [(2, [2, 4, 5]), (1, [1, 2, 3, 4, 5]), (5, [5]), (9, [5])])
+def test_looking_at_intervals_leaves_the_training_as_it_is(every, at, make_trainer):
+    """To the last bit: metrics, weights, generators. And callbacks see what the evaluation found."""
+    plain = make_trainer(num_iterations=5)
+    looked = make_trainer(eval_prompts=EVAL_PROMPTS, num_iterations=5, eval_every=every)
+    seen = []
+    history = looked.train(lambda step, metrics, batch: seen.append(step) if "eval_score" in metrics else None)
+    assert seen == at == [i for i, metrics in enumerate(history, start=1) if "eval_kl" in metrics]
+    trained = [{k: v for k, v in without_times(m).items() if not k.startswith("eval_")} for m in history]
+    assert trained == [without_times(metrics) for metrics in plain.train()]
+    assert parameter_hash(plain.policy) == parameter_hash(looked.policy)
+    assert torch.equal(plain.generator.get_state(), looked.generator.get_state())
+
+
+def test_evaluation_prompts_are_checked_at_the_start(make_trainer):
+    with pytest.raises(ValueError, match="prompt 2: a prompt must leave room for max_new_tokens = 6 in .* got one of"):
+        make_trainer(eval_prompts=["film", "good " * 30])
+    with pytest.raises(ValueError, match="the number of eval_prompts must be a whole number >= 1; got 0"):
+        make_trainer().evaluate()
+    with pytest.raises(ValueError, match="eval_every must be a whole number >= 1; got 0"):
+        PPOConfig(eval_every=0)
 
 
 def without_times(metrics):
@@ -986,6 +1095,15 @@ def outcome(trainer):
     )
 
 
+def evaluation_of_five():
+    """One that 2 and 4 processes cannot share out evenly, in batches of 4 and 1."""
+    from conftest import tiny_trainer
+
+    sizes = dict(batch_size=4, minibatch_size=4, whiten_advantages=False)
+    metrics, rollout = tiny_trainer(eval_prompts=EVAL_PROMPTS[:5], **sizes).evaluate()
+    return metrics, rollout.tokens
+
+
 def one_of_several_processes(folder):
     """What each process runs."""
     from conftest import tiny_trainer
@@ -996,6 +1114,7 @@ def one_of_several_processes(folder):
     results["processes"], results["refused"] = accelerator.num_processes, []
     own = torch.full((2, 3 + accelerator.process_index), accelerator.process_index + 1)  # each process's are longer
     results["gathered"] = gather_rows(accelerator, own, padding=9)
+    results["evaluated"] = evaluation_of_five()
     for sizes in (dict(batch_size=15, minibatch_size=5), dict(batch_size=16, samples_per_prompt=16)):
         try:
             tiny_trainer(**sizes)
@@ -1049,6 +1168,12 @@ def test_a_seed_means_one_run_in_any_number_of_processes(processes, method):
             assert got == pytest.approx(wanted, rel=1e-4, abs=1e-5)
         assert_all_close(result["parameters"], expected["parameters"], atol=1e-5, rtol=0)
     assert len({result[method]["hash"] for result in processes}) == 1, "one model"
+
+
+def test_evaluation_prompts_are_shared_out_and_none_counts_twice(processes):
+    metrics, tokens = evaluation_of_five()
+    for got, answers in (result["evaluated"] for result in processes):
+        assert got == pytest.approx(metrics, abs=1e-5) and torch.equal(answers, tokens) and len(tokens) == 5
 
 
 def test_rows_of_all_processes_are_gathered_padded_on_the_right(processes):

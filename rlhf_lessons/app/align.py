@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from rlhf_lessons import data, tiny_reviews
 from rlhf_lessons.app.inputs import Records
-from rlhf_lessons.app.options import EVERY
 from rlhf_lessons.app.resume import STEPS, Stage
 from rlhf_lessons.app.run_folder import RunFolder, draw_run, mean_of_last, samples_table
 from rlhf_lessons.config import BestOfNConfig, DPOConfig, SamplingConfig, TrainerConfig
@@ -48,10 +47,16 @@ class History:
         return tiny_reviews.gold_reward(*batch.texts(self.trainer.tokenizer))
 
     def begin(self, untrained: Rollout) -> None:
-        """Remember what the base model's responses were worth."""
+        """Remember what the base model's responses were worth, those to the evaluation prompts too."""
         self.before = {"score": float(untrained.scores.mean()), "score_std": float(untrained.scores.std())}
-        if self.gold:
-            self.before["gold"] = float(self.gold_of(untrained).mean())
+        self.before |= looked_at(self.trainer)
+        self.add_gold(self.before, untrained)
+
+    def add_gold(self, metrics: dict[str, float], batch: Rollout) -> None:
+        """The gold reward beside each score in these metrics, if it is measured: the batch's, the evaluation's."""
+        for name, samples in (("gold", batch), ("eval_gold", self.trainer.evaluated)):
+            if self.gold and name not in metrics and name.replace("gold", "score") in metrics:
+                metrics[name] = float(self.gold_of(samples).mean())
 
     def go_on_after(self, iteration: int) -> None:
         """Continue after this iteration of a run that was stopped: what is later is done again."""
@@ -59,8 +64,7 @@ class History:
 
     def add(self, iteration: int, metrics: dict[str, float], batch: Rollout) -> None:
         """One more row."""
-        if self.gold and "gold" not in metrics:
-            metrics["gold"] = float(self.gold_of(batch).mean())
+        self.add_gold(metrics, batch)
         self.folder.append_metrics(iteration, metrics)
         self.rows.append({"iteration": iteration} | metrics)
         self.show(iteration, metrics)
@@ -68,6 +72,7 @@ class History:
     def report(self, batch: Rollout, *, last: int, n: int = 1) -> dict[str, Any]:
         """Samples, pictures and the summary, which is returned: before, and the mean of the last rows.
 
+        Of the evaluation prompts it holds what the last row does.
         batch: one of whose responses is drawn; n: that each answer after is the best of. Raises ValueError at the end
         for parts that could not be made; all others are there then.
         """
@@ -75,6 +80,7 @@ class History:
         models = {"before": trainer.reference, "after": trainer.lm}
         names = [name for name in ("score", "gold", "kl") if name in self.rows[-1]]
         after = {name: mean_of_last(self.rows, name, last=last) for name in names}
+        after |= {name: value for name, value in self.rows[-1].items() if name.startswith("eval_")}
         summary = {"before": self.before, "after": after}
 
         def write_samples() -> None:
@@ -92,9 +98,7 @@ class History:
         return summary
 
 
-def optimise(
-    trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: bool, every: int = EVERY
-) -> dict[str, Any]:
+def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: bool) -> dict[str, Any]:
     """A trainer's iterations, then the report. Returns the summary: before, and the mean of the last iterations.
 
     gold: whether the gold reward is measured too; it means something in the tiny world alone. Raises ValueError at the
@@ -102,7 +106,7 @@ def optimise(
     """
     history = History(trainer, folder, method=method, rows=trainer.config.num_iterations, gold=gold)
     history.begin(trainer.rollout())  # the policy is still the base model
-    with Stage(folder, method, every=every) as stage:
+    with Stage(folder, method) as stage:
         if kept := stage.load():
             trainer.load_state_dict(kept)
         history.go_on_after(trainer.iteration)
@@ -123,9 +127,14 @@ def looking(config: SamplingConfig, *arguments: Any, each: int = 1, prompts: int
     return Trainer(TrainerConfig(**shared), *arguments, **options)
 
 
+def looked_at(trainer: Trainer) -> dict[str, float]:
+    """What the responses to the evaluation prompts have come to; nothing where there are none."""
+    return trainer.evaluate()[0] if trainer.eval_prompts else {}
+
+
 def optimise_directly(
     config: DPOConfig, policy: nn.Module, *arguments: Any, pairs: Records, held_out: Records, folder: RunFolder,
-    gold: bool, every: int = EVERY, **options: Any,
+    gold: bool, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """DPO: a fit to the pairs, with looks at the policy; then the report, as in `optimise`.
 
@@ -151,12 +160,12 @@ def optimise_directly(
         }  # fmt: skip
         row = {name: float(value) for name, value in measured.items()} | {"loss": sum(losses) / len(losses)}
         losses.clear()
-        history.add(look, row, batch)
+        history.add(look, row | looked_at(trainer), batch)
 
     def beside() -> dict[str, Any]:
         return {"generator": trainer.generator.get_state(), "since_look": losses, "looks": len(history.rows)}
 
-    with Stage(folder, "dpo", every=STEPS * every, beside=beside) as stage:
+    with Stage(folder, "dpo", each=STEPS, beside=beside) as stage:
         kept = stage.load() or beside()
         trainer.generator.set_state(kept["generator"])
         losses += kept["since_look"]
@@ -171,9 +180,8 @@ def optimise_directly(
 
 
 def choose_among(
-    config: BestOfNConfig, policy: nn.Module, *arguments: Any, folder: RunFolder, gold: bool, every: int = EVERY,
-    **options: Any,
-) -> dict[str, Any]:  # fmt: skip
+    config: BestOfNConfig, policy: nn.Module, *arguments: Any, folder: RunFolder, gold: bool, **options: Any
+) -> dict[str, Any]:
     """Best-of-n: nothing is trained, and a row is written for n = 1, 2, 4, …; then the report, as in `optimise`.
 
     Each n is a mean over all ways to choose it from the `config.n` responses that each prompt gets. "kl" is the bound
@@ -186,7 +194,7 @@ def choose_among(
     history = History(trainer, folder, method="best-of-n", rows=len(sizes), gold=gold)
     rounds, rollout = config.batch_size // at_once, trainer.collect()
     history.begin(rollout)
-    with Stage(folder, "best-of-n", every=every) as stage:
+    with Stage(folder, "best-of-n") as stage:
         known = stage.load() or {"values": {}, "generator": trainer.generator.get_state(), "rounds": 0}
         trainer.generator.set_state(known["generator"])
         history.go_on_after(0)
@@ -273,17 +281,19 @@ def longest_response(batch: Rollout, tokenizer: "PreTrainedTokenizerBase") -> tu
 def align(
     method: str, config: SamplingConfig, policy: nn.Module, score: Any, prompts: Records,
     tokenizer: "PreTrainedTokenizerBase", *, folder: RunFolder, pairs: tuple[Records, Records], gold: bool,
-    sampler: Callable[..., Any] | None, every: int,
+    **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A policy, from the base model that it is, by one of `config.METHODS`. pairs: to learn from, and held out."""
+    """A policy, from the base model that it is, by one of `config.METHODS`.
+
+    pairs: to learn from, and held out; options: sampler and eval_prompts of `Trainer`.
+    """
     arguments = (policy, copy.deepcopy(getattr(policy, "lm", policy)), score, prompts, tokenizer)
     if method in TRAINERS:
-        trainer = TRAINERS[method](config, *arguments, sampler=sampler)
-        return optimise(trainer, folder, method=method, gold=gold, every=every)
+        trainer = TRAINERS[method](config, *arguments, **options)
+        return optimise(trainer, folder, method=method, gold=gold)
     if method == "dpo":
         learnt, held_out = pairs
         return optimise_directly(
-            config, *arguments, pairs=learnt, held_out=held_out, folder=folder, gold=gold, sampler=sampler,
-            every=every,
-        )  # fmt: skip
-    return choose_among(config, *arguments, folder=folder, gold=gold, sampler=sampler, every=every)
+            config, *arguments, pairs=learnt, held_out=held_out, folder=folder, gold=gold, **options
+        )
+    return choose_among(config, *arguments, folder=folder, gold=gold, **options)

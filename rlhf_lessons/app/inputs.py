@@ -44,6 +44,7 @@ FILES = {
     "preferences": data.read_preferences,
     "eval_preferences": data.read_preferences,
     "prompts": data.read_prompts,
+    "eval_prompts": data.read_prompts,
 }
 GIVEN = (*FILES, "model", "policy", "reward_model", "score")
 
@@ -68,6 +69,7 @@ class Inputs:
     preferences: list[data.Record] | None
     eval_preferences: list[data.Record] | None
     prompts: list[data.Record] | None
+    eval_prompts: list[data.Record] | None
     model: Model | None  # to start from
     policy: Model | None  # to compare with it
     reward_model: Model | None

@@ -76,8 +76,9 @@ SOURCES = {  # option -> its type, how its value is called, what it is
     "prompts": (
         Path,
         "FILE",
-        "what PPO has continued: one prompt a line, or (.jsonl) JSON lines with prompt (or a chat)",
+        "what PPO has continued: one prompt a line, or JSON lines (.jsonl) with prompt, or a chat",
     ),
+    "eval_prompts": (Path, "FILE", "the same, held out: the policy answers each before, between and after the updates"),
     "model": (str, "MODEL", "language model to start from: a folder or hub name (safetensors)"),
     "reward_model": (str, "MODEL", "reward model that PPO maximises: a folder or hub name (safetensors)"),
     "score": (
@@ -99,7 +100,7 @@ USES = {  # command -> the settings that it reads, section by section; None for 
 CRITICS = ("shared", "separate")
 # DPO learns from pairs itself, whatever it is measured by.
 BOTH = tuple(itertools.product(("preferences", "num_preferences"), ("score", "reward_model")))
-OWN = {"ppo": ("critic",)}  # options of a method that are no settings
+OWN = {"ppo": ("critic", "eval_prompts")} | dict.fromkeys(("rloo", "grpo", "dpo"), ("eval_prompts",))  # no settings
 PRETRAIN, REWARD = (tuple(item.name for item in fields(kind)) for kind in (PretrainConfig, RewardConfig))
 READ = (  # options, what they need one of, what leaves nobody to read them, why
     (("corpus",), ("preferences", "reward_model", "score"), ("model",),
@@ -109,6 +110,7 @@ READ = (  # options, what they need one of, what leaves nobody to read them, why
     (PRETRAIN, ("corpus",), (), "only what is trained on a corpus has a choice there"),
     (("preferences", *REWARD), (), ("score", "reward_model"), "no reward model is trained beside another score"),
     (("num_preferences",), (), ("preferences",), "the first asks the tiny world's annotators"),
+    (("eval_every",), ("eval_prompts",), (), "they are what is answered then"),
     (("opening_words",), ("corpus",), ("prompts",), "they are those of a corpus's lines"),
     (("prompts",), (), ("prompt",), "both say what is continued"),
     (("adaptive_kl_horizon",), ("adaptive_kl_target",), (), "without a target β is fixed"),
@@ -192,6 +194,9 @@ def add_command(commands: Any, name: str, help: str, *sources: str) -> Parser:
         )  # fmt: skip
         for section, names in USES[name].items():
             add_settings(sub, section, names, tuple(METHODS) if name == "run" else ("ppo",))
+    if "eval_prompts" in sources:
+        help = "tensorboard, trackio, wandb or another tracker of accelerate's; may be given several times"
+        sub.add_argument("--log-with", action="append", metavar="NAME", help=help)
     if "eval_preferences" in sources:
         sub.add_argument(
             "--long-pairs", choices=("drop", "cut", "refuse"), default="drop",
@@ -233,7 +238,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     run = add_command(
         commands, "run", "the whole pipeline, from text to an aligned model and its report",
-        "corpus", "preferences", "eval_preferences", "prompts", "model", "reward_model", "score",
+        "corpus", "preferences", "eval_preferences", "prompts", "eval_prompts", "model", "reward_model", "score",
     )  # fmt: skip
     add_run_options(run)
     add_command(commands, "pretrain", "train a language model from scratch on text", "corpus")
@@ -242,8 +247,9 @@ def build_parser() -> Parser:
         "model", "preferences", "eval_preferences",
     )  # fmt: skip
     ppo = add_command(
-        commands, "ppo", "PPO from a language model and a reward", "prompts", "model", "reward_model", "score"
-    )
+        commands, "ppo", "PPO from a language model and a reward",
+        "prompts", "eval_prompts", "model", "reward_model", "score",
+    )  # fmt: skip
     for sub in (run, ppo):
         sub.add_argument(
             "--critic", choices=CRITICS,

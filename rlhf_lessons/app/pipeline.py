@@ -26,7 +26,7 @@ from rlhf_lessons.app.inputs import (
     read_alike,
     warn_of_unknown,
 )
-from rlhf_lessons.app.options import EVERY, USES, critic_of, method_of
+from rlhf_lessons.app.options import USES, critic_of, method_of
 from rlhf_lessons.app.resume import STEPS, Stage, digests
 from rlhf_lessons.app.run_folder import RunFolder
 from rlhf_lessons.config import PPOConfig, Settings, require
@@ -39,13 +39,8 @@ from rlhf_lessons.scoring import as_scorer, preference_accuracy
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAMED = (
-    "method",
-    "sampler",
-    "opening_words",
-    "long_pairs",
-    "checkpoint_every",
-)  # options that are no setting of a stage
+# Options that are no setting of a stage.
+NAMED = ("method", "sampler", "opening_words", "long_pairs", "log_with", "checkpoint_every")
 NUM_TEXTS = 64_000  # of the tiny world, that its base model learns to write from
 NUM_HELD_OUT = 1000  # pairs of the tiny world that a reward model is measured on
 
@@ -66,50 +61,46 @@ def describe(inputs: Inputs, settings: Settings, arguments: argparse.Namespace) 
 def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argparse.Namespace) -> dict[str, Any]:
     """`run` and `ppo`: the whole pipeline; a stage whose result is given is left out. Returns the method's summary."""
     config, method, words = settings.method, method_of(arguments), getattr(arguments, "opening_words", 0)
-    every = arguments.checkpoint_every
     prompts = choose_prompts(inputs, opening_words=words, seed=config.seed, max_new_tokens=config.max_new_tokens)
-    base = inputs.model
+    base, asked = inputs.model, [*prompts, *(inputs.eval_prompts or ())]
     if base is None:
         require("context", settings.pretrain.context, settings.pretrain.context > config.max_new_tokens,
                 f"more than max_new_tokens = {config.max_new_tokens}")  # fmt: skip
-        base = pretrain(
-            inputs, settings, folder, prompts=prompts, max_new_tokens=config.max_new_tokens, every=every
-        )  # fmt: skip
+        base = pretrain(inputs, settings, folder, prompts=asked, max_new_tokens=config.max_new_tokens)
         policy = base.network
         if critic := critic_of(arguments):
             policy = CausalLMWithValueHead(policy, critic=critic)
     else:
         policy = base.network
-        check_lengths(inputs, base.tokenizer, policy, prompts=prompts, max_new_tokens=config.max_new_tokens)
+        check_lengths(inputs, base.tokenizer, policy, prompts=asked, max_new_tokens=config.max_new_tokens)
     lm = getattr(policy, "lm", policy)
     say(f"base model: {base.name}, {millions(lm)} parameters, context {context_of(policy)}")
-    if inputs.prompts is not None:
-        warn_of_unknown([record["prompt"] for record in prompts], base.tokenizer, inputs.given["prompts"])
+    for name in ("prompts", "eval_prompts"):
+        warn_of_unknown([x["prompt"] for x in getattr(inputs, name) or ()], base.tokenizer, inputs.given[name])
 
     reward_model, pairs, base = inputs.reward_model, ((), ()), Model(lm, base.tokenizer, base.name)
     if method == "dpo" or (reward_model is None and inputs.score is None):
         pairs = choose_preferences(inputs, base, settings)
     if reward_model is None and inputs.score is None:
-        reward_model = fit_reward(inputs, base, settings, folder, pairs, every=every)
+        reward_model = fit_reward(inputs, base, settings, folder, pairs)
     score = choose_score(inputs, reward_model, base.tokenizer, device=config.device)
     named = inputs.given["score"] or f"the scores of {reward_model.name}"
     say(f"{TITLES[method]} learns from {len(pairs[0])} pairs; measured by {named}" if method == "dpo"
         else f"{TITLES[method]} maximises {named}")  # fmt: skip
     if isinstance(score, nn.Module):
         data.encode_prompts(
-            base.tokenizer, prompts, max_new_tokens=config.max_new_tokens, context=context_of(score),
+            base.tokenizer, asked, max_new_tokens=config.max_new_tokens, context=context_of(score),
             whose="the reward model",
         )  # fmt: skip
     return align(
         method, config, policy, score, prompts, base.tokenizer, folder=folder, pairs=pairs, gold=inputs.tiny_world,
-        sampler=sampler_named(arguments.sampler), every=every,
+        sampler=sampler_named(arguments.sampler), eval_prompts=inputs.eval_prompts or (),
     )  # fmt: skip
 
 
 def pretrain(
-    inputs: Inputs, settings: Settings, folder: RunFolder, *, prompts: Records = (), max_new_tokens: int = 0,
-    every: int = EVERY,
-) -> Model:  # fmt: skip
+    inputs: Inputs, settings: Settings, folder: RunFolder, *, prompts: Records = (), max_new_tokens: int = 0
+) -> Model:
     """Train a tokenizer and a language model from scratch on a corpus (the tiny world's own without one).
 
     prompts, max_new_tokens: what PPO will ask of it, which its context must have room for. One that the folder holds
@@ -137,7 +128,7 @@ def pretrain(
     cut = sum(len(ids) + 1 > config.context for ids in tokenizer(texts).input_ids)
     if cut:
         say(f"{cut} of the texts are longer than the context of {config.context} tokens and are cut there")
-    with Stage(folder, "language model", every=STEPS * every) as stage:
+    with Stage(folder, "language model", each=STEPS) as stage:
         fit_language_model(
             lm, texts, tokenizer, epochs=config.lm_epochs, batch_size=config.lm_batch_size,
             learning_rate=config.lm_learning_rate, max_length=config.context, seed=shared.seed, device=shared.device,
@@ -165,9 +156,8 @@ def choose_preferences(inputs: Inputs, base: Model, settings: Settings) -> tuple
 
 
 def fit_reward(
-    inputs: Inputs, base: Model, settings: Settings, folder: RunFolder, pairs: tuple[Records, Records] | None = None,
-    *, every: int = EVERY,
-) -> Model:  # fmt: skip
+    inputs: Inputs, base: Model, settings: Settings, folder: RunFolder, pairs: tuple[Records, Records] | None = None
+) -> Model:
     """Train a reward model on preferences, from the base model's trunk, and measure it on held-out pairs.
 
     pairs: both, where they were chosen before. One that the folder holds already is taken from there.
@@ -178,7 +168,7 @@ def fit_reward(
     if not path.is_dir():
         model = RewardModel.from_causal_lm(lm, pad_token_id=tokenizer.pad_token_id, seed=shared.seed)
         say(f"reward model: {millions(model)} parameters, {len(preferences)} pairs")
-        with Stage(folder, "reward model", every=STEPS * every) as stage:
+        with Stage(folder, "reward model", each=STEPS) as stage:
             fit_reward_model(
                 model, preferences, tokenizer, epochs=config.reward_epochs, batch_size=config.reward_batch_size,
                 learning_rate=config.reward_learning_rate, seed=shared.seed, device=shared.device,

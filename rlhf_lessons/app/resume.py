@@ -22,13 +22,14 @@ STEPS = 10  # of a fit, in the time of an iteration
 class Stage(Keeper):
     """A stage's state in the folder of a run that goes on. While one is entered, Ctrl-C waits for the step's end.
 
-    beside: what is kept beside the state that is offered. A second Ctrl-C does not wait.
+    each: steps in the time of an iteration; beside: what is kept beside the state that is offered. A second Ctrl-C does
+    not wait.
     """
 
     def __init__(
-        self, folder: RunFolder, name: str, *, every: int, beside: Callable[[], Mapping[str, Any]] = dict
+        self, folder: RunFolder, name: str, *, each: int = 1, beside: Callable[[], Mapping[str, Any]] = dict
     ) -> None:
-        super().__init__(folder.state, every=every)
+        super().__init__(folder.state, every=each * folder.every)
         self.name, self.beside, self.asked = name, beside, False
 
     def load(self) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@
     summary.json     before and after, in numbers; written last, so that it tells a finished run from a stopped one
     samples.md       before and after, side by side
     figures/*.png    curves, and one response token by token
+    tensorboard/     the metrics once more, for TensorBoard, if asked for
     policy/ reward_model/ base_model/    Hugging Face checkpoints
     checkpoint/      while the run goes on, or was stopped: what it continues from
 
@@ -25,6 +26,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from rlhf_lessons import plots
+from rlhf_lessons.app.options import EVERY
 from rlhf_lessons.checkpoint import written_whole
 from rlhf_lessons.models import quiet_transformers
 
@@ -50,8 +52,8 @@ class RunFolder:
     A folder with config.json alone is taken: its run ended before it made anything.
     """
 
-    def __init__(self, path: str | Path, *, new: bool = True) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, new: bool = True, every: int = EVERY) -> None:
+        self.path, self.every, self.followers = Path(path), every, []
         self.path.mkdir(parents=True, exist_ok=True)
         self.state = self.path / CHECKPOINT / "state.safetensors"
         held = sorted(item.name for item in self.path.iterdir() if item.name != "config.json")
@@ -119,7 +121,7 @@ class RunFolder:
         self.write_json("config.json", settings | {"made_by": made_by})
 
     def append_metrics(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Add one line to metrics.jsonl, whole or not at all."""
+        """Add one line to metrics.jsonl, whole or not at all; then tell all who follow the run."""
         line = strict_json({"iteration": iteration} | {name: round(value, 6) for name, value in metrics.items()})
         path = self.path / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
@@ -132,6 +134,8 @@ class RunFolder:
             if isinstance(error, OSError):
                 error.filename = str(path)
             raise
+        for follow in self.followers:
+            follow(iteration, metrics)
 
     def save_models(self, name: str, *parts: Any) -> Path:
         """Save models and tokenizers that share a folder (anything with save_pretrained), whole or not at all."""

@@ -16,6 +16,8 @@ METRICS = {
     "score": ("proxy reward", "reward"),
     "gold": ("gold reward", "gold"),
     "reward": ("shaped reward per response", "reward"),
+    "eval_score": ("proxy reward, evaluation prompts", "reward"),
+    "eval_gold": ("gold reward, evaluation prompts", "gold"),
     "kl": ("KL (nats per response)", "kl"),
     "entropy": ("entropy (nats per token)", "policy"),
     "clip_fraction": ("clipped share of tokens", "policy"),
@@ -29,7 +31,9 @@ METRICS = {
 Runs = list[dict] | list[list[dict]] | dict[str, list]
 # An interval's line is outlined in white: it has to be seen on a bar of any colour.
 ERROR = {"elinewidth": 2, "path_effects": [withStroke(linewidth=5, foreground="white")]}
-TRAINING_PANELS = (("score", "gold"), ("kl",), ("entropy",), ("clip_fraction",), ("explained_variance",))
+TRAINING_PANELS = (
+    ("score", "gold"), ("kl",), ("entropy",), ("clip_fraction",), ("explained_variance",), ("eval_score", "eval_gold"),
+)  # fmt: skip
 
 
 def draw_line(ax: Axes, x: np.ndarray, y: np.ndarray, style: dict, label: str | None = None) -> None:
