@@ -13,11 +13,11 @@ from rlhf_lessons.checkpoint import Keeper, learnt, load_learnt
 from rlhf_lessons.config import COUNT, POSITIVE
 from rlhf_lessons.data import encode_pair, encode_preferences, encode_prompt, pad
 from rlhf_lessons.device import autocast, make_accelerator
-from rlhf_lessons.forward import causal_lm_logits, context_of
+from rlhf_lessons.forward import context_of
 from rlhf_lessons.generation import respond
+from rlhf_lessons.likelihood import token_terms
 from rlhf_lessons.masking import masked_mean
 from rlhf_lessons.models import check_separate, without_dropout
-from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.preferences import bradley_terry_loss, dpo_loss, ipo_loss
 from rlhf_lessons.scoring import ids_log_probs, preference_accuracy, score_ids, score_texts, text_log_probs
 
@@ -115,8 +115,7 @@ def fit(
 
 def language_model_loss(lm: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
     """Mean negative log-probability of each real token given those before it, in nats. tokens, mask (B, L) -> ()."""
-    logits = causal_lm_logits(lm, tokens[:, :-1], mask[:, :-1])
-    return -masked_mean(action_log_probs(logits, tokens[:, 1:]), mask[:, 1:])
+    return -masked_mean(token_terms(lm, tokens, mask, mask[:, 1:]).log_probs, mask[:, 1:])
 
 
 def fit_language_model(

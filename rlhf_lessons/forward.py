@@ -8,7 +8,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,7 +22,10 @@ CONTEXT_NAMES = (
     "max_sequence_length", "max_target_positions", "context_length",
 )  # fmt: skip
 
+LARGE = 2**26  # logits, of which a loss keeps five copies: more than a GB, worth computing them twice
+
 _padding_routes: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+_plain_heads: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], bool]] = WeakKeyDictionary()
 
 
 class Pass(NamedTuple):
@@ -179,3 +182,43 @@ def one_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, kee
 def causal_lm_logits(lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, logits_to_keep: int = 0) -> Tensor:
     """Logits (B, K, V) of the last K = logits_to_keep positions, or of all (0), of a plain language model."""
     return one_pass(lm, input_ids, attention_mask, keep=logits_to_keep).logits
+
+
+@contextlib.contextmanager
+def in_place_of(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """For the time, what the head reads goes to `forward` instead; a model's logits are then what that makes of it."""
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def head_of_large(lm: nn.Module, positions: int) -> nn.Linear | None:
+    """The head of a language model, where so many positions' logits are large and just what it gives; else None.
+
+    None too for a head that is no plain linear layer (an adapter's, a quantised one), or whose call others have taken
+    over, and for logits that are capped, scaled or cut afterwards, which is tried out once.
+    """
+    head = lm.get_output_embeddings()
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return None
+    if positions * len(head.weight) <= max(LARGE, positions * head.in_features):
+        return None
+    tried, setting = _plain_heads.setdefault(lm, {}), (id(head), *lm._forward_hooks, *head._forward_hooks)
+    if setting not in tried:
+        tried[setting] = all(comes_out(lm, head, width) for width in head.weight.shape)
+    return head if tried[setting] else None
+
+
+@torch.no_grad()
+def comes_out(lm: nn.Module, head: nn.Linear, width: int) -> bool:
+    """Whether what stands in for the head, `width` large numbers a token, leaves the model as it was or barred."""
+    ids = torch.arange(3, device=head.weight.device)[None] % len(head.weight)
+    given = torch.linspace(-100, 100, ids.numel() * width).view(*ids.shape, width).to(head.weight)
+    with evaluating(lm), torch.autocast(ids.device.type, enabled=False), in_place_of(head, lambda _: given.clone()):
+        try:
+            logits = lm(input_ids=ids, use_cache=False).logits.to(given.dtype)
+        except (RuntimeError, ValueError, TypeError, IndexError):  # what follows the head takes V numbers alone
+            return False
+    return logits.shape == given.shape and bool(((logits == given) | (logits == -math.inf)).all())

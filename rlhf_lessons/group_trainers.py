@@ -11,7 +11,6 @@ from torch import Tensor
 from rlhf_lessons.baselines import group_advantages, leave_one_out_baseline
 from rlhf_lessons.config import GRPOConfig, RLOOConfig
 from rlhf_lessons.kl import sampled_kl
-from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.ppo import aggregate
 from rlhf_lessons.rollout import Credited, Rollout, joined
 from rlhf_lessons.trainer import Report, Trainer, detached
@@ -66,9 +65,9 @@ class GRPOTrainer(Trainer):
 
     def losses(self, batch: Credited) -> tuple[Tensor, Report]:
         """The clipped policy loss and, where the KL is paid there, β times the KL from the reference."""
-        config, logits = self.config, self.response_logits(batch)
-        log_probs = action_log_probs(logits, batch.responses)
-        policy_loss, mean_entropy, report = self.policy_losses(log_probs, logits, batch)
+        config = self.config
+        log_probs, entropies, _ = self.token_terms(batch)
+        policy_loss, mean_entropy, report = self.policy_losses(log_probs, entropies, batch)
         loss, parts = policy_loss - config.ent_coef * mean_entropy, {"policy_loss": policy_loss}
         if config.kl_in == "loss":
             estimates = sampled_kl(log_probs, batch.ref_log_probs, kind=config.kl_kind)

@@ -418,5 +418,6 @@ def bar_unused_ids(lm: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
 
 def without_barred_ids(lm: nn.Module, inputs: tuple, output: Any) -> Any:
     """The forward hook of `bar_unused_ids`."""
-    output.logits = output.logits.masked_fill(lm.barred_ids, -math.inf)
+    if output.logits.shape[-1] == len(lm.barred_ids):  # and not what the head would have read (`forward.in_place_of`)
+        output.logits = output.logits.masked_fill(lm.barred_ids, -math.inf)
     return output

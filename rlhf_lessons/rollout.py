@@ -1,10 +1,8 @@
 """From prompts to a batch to learn from: first the facts of each response, then the credit that its tokens get.
 
-Shapes: B rows, P prompt positions (padded on the left), T response positions (padded on the right), V words.
-The shift by one (the logits at position t belong to token t+1) stands in this file alone.
+Shapes: B rows, P prompt positions (padded on the left), T response positions (padded on the right).
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -16,9 +14,10 @@ from torch import Tensor, nn
 from rlhf_lessons.advantages import gae
 from rlhf_lessons.config import PPOConfig, TrainerConfig
 from rlhf_lessons.data import pad
-from rlhf_lessons.forward import causal_lm_logits, evaluating
-from rlhf_lessons.generation import Responses, Samples, at_temperature, sample_batch, sample_responses
+from rlhf_lessons.forward import evaluating
+from rlhf_lessons.generation import Responses, Samples, sample_batch, sample_responses
 from rlhf_lessons.kl import sampled_kl, shaped_rewards
+from rlhf_lessons.likelihood import policy_outputs, reference_logits, token_terms
 from rlhf_lessons.masking import masked_mean, masked_whiten
 from rlhf_lessons.models import bar_unused_ids, check_vocabulary
 from rlhf_lessons.policy_gradient import action_log_probs
@@ -85,26 +84,6 @@ def joined(batches: Sequence[Rollout], *, pad_id: int) -> Rollout:
     return type(batches[0])(**rows, records=records, prompt_length=prompt)
 
 
-def policy_outputs(
-    policy: nn.Module, tokens: Tensor, attention_mask: Tensor, *, length: int, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """What the policy says of the `length` response tokens at the end of each row, before it sees them.
-
-    tokens, attention_mask (B, P+T) -> logits at the sampling temperature (B, T, V), values (B, T): the model's
-    outputs at positions P−1 … P+T−2.
-    """
-    logits, values = policy(tokens[:, :-1], attention_mask[:, :-1], logits_to_keep=length)
-    return at_temperature(logits, temperature), values
-
-
-def reference_logits(
-    reference: nn.Module, tokens: Tensor, attention_mask: Tensor, *, length: int, temperature: float
-) -> Tensor:
-    """The same of a plain language model: logits at the sampling temperature (B, T, V)."""
-    logits = causal_lm_logits(reference, tokens[:, :-1], attention_mask[:, :-1], logits_to_keep=length)
-    return at_temperature(logits, temperature)
-
-
 def state_values(policy: nn.Module, tokens: Tensor, attention_mask: Tensor, *, length: int) -> Tensor:
     """The values of `policy_outputs` (B, T), without the logits beside them."""
     return policy.values(tokens[:, :-1], attention_mask[:, :-1], keep=length)
@@ -117,14 +96,12 @@ def by_chunks(samples: Samples, rows: int, function: Callable[[Samples], Tensor]
 
 def response_log_probs(lm: nn.Module, samples: Samples, config: TrainerConfig) -> Tensor:
     """Log-probabilities (B, T) of the sampled tokens under a plain language model, in one pass over whole texts."""
-
-    def of(chunk: Samples) -> Tensor:
-        logits = reference_logits(
-            lm, chunk.tokens, chunk.attention_mask, length=chunk.responses.shape[1], temperature=config.temperature
-        )
-        return action_log_probs(logits, chunk.responses)
-
-    return by_chunks(samples, config.scored_rows, of)
+    return by_chunks(
+        samples, config.scored_rows,
+        lambda chunk: token_terms(
+            lm, chunk.tokens, chunk.attention_mask, chunk.response_mask, temperature=config.temperature
+        ).log_probs,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -201,10 +178,8 @@ def reading_errors(policy: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> d
         lm, input_ids, mask, max_new_tokens=3, eos_id=words[::2], pad_id=pad_id,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    of = functools.partial(policy_outputs if lm is not policy else reference_logits, policy)
     with torch.enable_grad():  # without, it would be read in evaluation mode
-        logits = of(samples.tokens, samples.attention_mask, length=samples.responses.shape[1], temperature=1.0)
-    scored = action_log_probs(logits if lm is policy else logits[0], samples.responses)
+        scored = token_terms(policy, samples.tokens, samples.attention_mask, samples.response_mask).log_probs
     alone = torch.zeros_like(samples.sampler_log_probs)
     for row, real in enumerate(samples.response_mask):
         text, length = samples.tokens[row][samples.attention_mask[row]], int(real.sum())

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lessons.data import Prompt, encode_prompt, encode_response, pad
-from rlhf_lessons.forward import causal_lm_logits, context_of
-from rlhf_lessons.generation import Samples, at_temperature
+from rlhf_lessons.forward import context_of
+from rlhf_lessons.generation import Samples
+from rlhf_lessons.likelihood import token_terms
 from rlhf_lessons.masking import check_same_shape, full_precision
-from rlhf_lessons.policy_gradient import action_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -207,10 +207,10 @@ def ids_log_probs(
     """Log-probability (N,) of each response, given as token ids, after its prompt; gradients flow to the model."""
     texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     tokens, mask = (x.to(lm.device) for x in pad(texts, pad_id, side="right"))
-    logits = at_temperature(causal_lm_logits(lm, tokens[:, :-1], mask[:, :-1]), temperature)
     first = torch.tensor([len(prompt) for prompt in prompts], device=lm.device)[:, None]
     is_response = mask[:, 1:] & (torch.arange(1, tokens.shape[1], device=lm.device) >= first)
-    return torch.where(is_response, action_log_probs(logits, tokens[:, 1:]), 0).sum(dim=1)
+    log_probs = token_terms(lm, tokens, mask, is_response, temperature=temperature).log_probs
+    return torch.where(is_response, log_probs, 0).sum(dim=1)
 
 
 def pass_at_k(correct: Tensor, k: int) -> Tensor:

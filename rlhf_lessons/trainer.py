@@ -25,9 +25,9 @@ from rlhf_lessons.forward import context_of
 from rlhf_lessons.generation import Responses, draw_uniforms, eos_ids, sample_responses
 from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
+from rlhf_lessons.likelihood import TokenTerms, token_terms
 from rlhf_lessons.masking import masked_mean
 from rlhf_lessons.models import check_separate, check_tokenizer, check_vocabulary, without_dropout
-from rlhf_lessons.policy_gradient import action_log_probs, entropy
 from rlhf_lessons.ppo import (
     aggregate,
     clip_fraction,
@@ -45,9 +45,7 @@ from rlhf_lessons.rollout import (
     collect,
     describe,
     joined,
-    policy_outputs,
     ppo_credit,
-    reference_logits,
     response_values,
 )
 from rlhf_lessons.scoring import ModelScorer, Scorer, as_scorer
@@ -279,18 +277,20 @@ class Trainer:
 
         Here the clipped policy loss of a plain language model.
         """
-        logits = self.response_logits(batch)
-        policy_loss, mean_entropy, report = self.policy_losses(action_log_probs(logits, batch.responses), logits, batch)
+        log_probs, entropies, _ = self.token_terms(batch)
+        policy_loss, mean_entropy, report = self.policy_losses(log_probs, entropies, batch)
         loss = policy_loss - self.config.ent_coef * mean_entropy
         return loss, detached({"loss": loss, "policy_loss": policy_loss} | report)
 
-    def response_logits(self, batch: Credited) -> Tensor:
-        """What a plain language model says of the sampled tokens now: logits (B, T, V) at the sampling temperature."""
-        length, temperature = batch.responses.shape[1], self.config.temperature
-        return reference_logits(self.model, batch.tokens, batch.attention_mask, length=length, temperature=temperature)
+    def token_terms(self, batch: Credited) -> TokenTerms:
+        """Log-probabilities, entropies and, with a value head, values (B, T) of the sampled tokens, as they are now."""
+        return token_terms(
+            self.model, batch.tokens, batch.attention_mask, batch.response_mask, temperature=self.config.temperature,
+            entropy_gradient=self.config.ent_coef > 0,
+        )  # fmt: skip
 
-    def policy_losses(self, log_probs: Tensor, logits: Tensor, batch: Credited) -> tuple[Tensor, Tensor, Report]:
-        """Clipped policy loss, mean entropy, and what is reported of them, from log-probabilities (B, T) and logits.
+    def policy_losses(self, log_probs: Tensor, entropies: Tensor, batch: Credited) -> tuple[Tensor, Tensor, Report]:
+        """Clipped policy loss, mean entropy, and what is reported of them, from log-probabilities and entropies (B, T).
 
         Losses and entropy are what `config.aggregation` says, what is reported beside them means over real tokens.
         """
@@ -299,9 +299,7 @@ class Trainer:
             log_probs, batch.log_probs, batch.advantages, mask, clip_eps=config.clip_range, level=level,
             **config.aggregation,
         )  # fmt: skip
-        with contextlib.nullcontext() if config.ent_coef > 0 else torch.no_grad():
-            entropies = entropy(logits)
-            mean_entropy = aggregate(entropies, mask, **config.aggregation)
+        mean_entropy = aggregate(entropies, mask, **config.aggregation)
         with torch.no_grad():
             ratio = policy_ratio(log_probs, batch.log_probs, mask, level=level)
             error = (importance_ratio(log_probs, batch.log_probs) - 1).abs()
@@ -434,10 +432,8 @@ class PPOTrainer(Trainer):
     def losses(self, batch: RolloutBatch) -> tuple[Tensor, Report]:
         """The PPO loss of these rows with the current policy, and its parts. Means over their real tokens."""
         config, mask = self.config, batch.response_mask
-        logits, values = policy_outputs(
-            self.model, batch.tokens, batch.attention_mask, length=mask.shape[1], temperature=config.temperature
-        )
-        policy_loss, mean_entropy, report = self.policy_losses(action_log_probs(logits, batch.responses), logits, batch)
+        log_probs, entropies, values = self.token_terms(batch)
+        policy_loss, mean_entropy, report = self.policy_losses(log_probs, entropies, batch)
         value_loss = clipped_value_loss(values, batch.values, batch.returns, mask, clip_eps=config.value_clip_eps)
         loss = ppo_loss(policy_loss, value_loss, mean_entropy, vf_coef=config.vf_coef, ent_coef=config.ent_coef)
         return loss, detached({"loss": loss, "policy_loss": policy_loss, "value_loss": value_loss} | report)

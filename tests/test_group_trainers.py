@@ -11,9 +11,9 @@ from rlhf_lessons.config import METHODS as CONFIGS
 from rlhf_lessons.config import GRPOConfig, PPOConfig, RLOOConfig, TrainerConfig
 from rlhf_lessons.group_trainers import GRPOTrainer, RLOOTrainer
 from rlhf_lessons.kl import sampled_kl
+from rlhf_lessons.likelihood import TokenTerms
 from rlhf_lessons.masking import masked_mean
 from rlhf_lessons.models import ASSETS, load_causal_lm, load_reward_model, load_tokenizer
-from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.ppo import clipped_policy_loss
 from rlhf_lessons.rollout import joined
 from rlhf_lessons.trainer import PPOTrainer
@@ -122,7 +122,7 @@ def test_grpo_s_loss_is_the_clipped_one_plus_beta_times_k3():
     trainer.update(batch)  # so that ratios are not 1
     loss, report = trainer.losses(batch)
     with torch.no_grad():
-        log_probs = action_log_probs(trainer.response_logits(batch), batch.responses)
+        log_probs = trainer.token_terms(batch).log_probs
         ratio = batch.ref_log_probs - log_probs
         k3 = masked_mean(ratio.exp() - 1 - ratio, batch.response_mask)
         policy_loss = clipped_policy_loss(
@@ -141,20 +141,19 @@ def test_grpo_s_padding_reaches_no_gradient(doubt):
     trainer = make("grpo", kl_in="loss", kl_kind="k3")
     batch = trainer.rollout()
     assert not batch.response_mask.all()
-    plain, found = trainer.response_logits, []
+    plain, found = trainer.token_terms, []
 
-    def response_logits(batch):
-        logits = plain(batch).detach()
-        logits[..., 0] -= torch.where(batch.response_mask, 0.0, doubt)
-        found.append(logits.requires_grad_())
-        return logits
+    def token_terms(batch):
+        log_probs = plain(batch).log_probs.detach() + torch.where(batch.response_mask, 0.0, -doubt)
+        found.append(log_probs.requires_grad_())
+        return TokenTerms(log_probs, torch.zeros_like(log_probs), None)
 
-    trainer.response_logits = response_logits
+    trainer.token_terms = token_terms
     loss, _ = trainer.losses(batch)
     loss.backward()
-    (logits,) = found
-    assert loss.isfinite() and logits.grad.isfinite().all()
-    assert logits.grad[batch.response_mask].any() and not logits.grad[~batch.response_mask].any()
+    (log_probs,) = found
+    assert loss.isfinite() and log_probs.grad.isfinite().all()
+    assert log_probs.grad[batch.response_mask].any() and not log_probs.grad[~batch.response_mask].any()
 
 
 # --- Resuming -------------------------------------------------------------------------------------
@@ -276,7 +275,7 @@ def test_one_ratio_a_text_is_clipped_as_one():
     batch = trainer.rollout()
     trainer.update(batch)
     with torch.no_grad():
-        log_probs = action_log_probs(trainer.response_logits(batch), batch.responses)
+        log_probs = trainer.token_terms(batch).log_probs
         loss = clipped_policy_loss(
             log_probs, batch.log_probs, batch.advantages, batch.response_mask, clip_eps=(1e-3, 2e-3),
             level="sequence", over="sequences",

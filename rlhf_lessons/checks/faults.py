@@ -67,8 +67,8 @@ class CriticNotTrained(PPOTrainer):
 
 
 class EntropySign(PPOTrainer):
-    def policy_losses(self, log_probs: Tensor, logits: Tensor, batch: Credited) -> tuple[Tensor, Tensor, Report]:
-        policy_loss, mean_entropy, report = super().policy_losses(log_probs, logits, batch)
+    def policy_losses(self, log_probs: Tensor, entropies: Tensor, batch: Credited) -> tuple[Tensor, Tensor, Report]:
+        policy_loss, mean_entropy, report = super().policy_losses(log_probs, entropies, batch)
         return policy_loss, -mean_entropy, report
 
 
