@@ -36,8 +36,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
     elif arguments.command == "reward":
         made = pipeline.fit_reward(found, found.model, settings, folder).name
     else:
-        with tracked({*(arguments.log_with or ())}, folder.path, device=settings.method.device) as follow:
-            folder.followers.append(follow)
+        with tracked({*(arguments.log_with or ())}, folder.path, device=settings.method.device) as folder.follow:
             print_summary(folder.path, pipeline.run(found, settings, folder, arguments))
         made = folder.path
     print(f"\nwritten to {made}")
