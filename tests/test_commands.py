@@ -247,7 +247,7 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
         ("sample --model lm --policy lm --score own_scores:good --seed -1", "seed must be a whole number >= 0"),
         ("sample --model lm --policy lm --score own_scores:good --count 0", "count must be a whole number >= 1; got 0"),
         ("sample --model lm --policy lm --score own_scores:shape --prompt film --max-new-tokens 4", "must be one num"),
-        ("sample --model lm --policy lm --score own_scores:good --prompt film --max-new-tokens 40", "--prompt film: .* 2 "),
+        ("sample --model lm --policy lm --score own_scores:good --prompt film --max-new-tokens 40", "film: .* of 2"),
     ],
 )  # fmt: skip
 def test_bad_input_is_said_in_a_line(arguments, message, run, tmp_path):
