@@ -41,8 +41,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
         folder.write_config(described, arguments.words)
     followed = tracked({*(getattr(arguments, "log_with", None) or ())}, folder.path, device=settings.method.device)
     try:
-        with folder.in_use(), followed as follow:
-            folder.followers.append(follow)
+        with folder.in_use(), followed as folder.follow:
             if arguments.command == "pretrain":
                 made = pipeline.pretrain(found, settings, folder).name
             elif arguments.command == "reward":

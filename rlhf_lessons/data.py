@@ -139,6 +139,11 @@ def is_chat(prompt: Any) -> bool:
     return len(prompt) > 0 and all(isinstance(item.get(key), str) for item in prompt for key in ("role", "content"))
 
 
+def is_begun(prompt: Prompt) -> bool:
+    """Whether a prompt is a chat in which the assistant has already begun to answer."""
+    return is_chat(prompt) and prompt[-1]["role"] == "assistant"
+
+
 def as_record(prompt: Prompt | Mapping[str, Any]) -> Mapping[str, Any]:
     """A prompt as a record: {"prompt": …}, and whatever columns a record already has beside it."""
     return prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
@@ -147,15 +152,18 @@ def as_record(prompt: Prompt | Mapping[str, Any]) -> Mapping[str, Any]:
 def prompt_text(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
     """A prompt as text: messages by the tokenizer's chat template, up to where the answer begins.
 
+    Where the last message is the assistant's own, that is an answer begun, which is continued.
     Raises ValueError for messages that the template does not take, and for what is no prompt.
     """
     if isinstance(prompt, str):
         return prompt
     if is_chat(prompt):
         try:
-            return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+            ends = {"continue_final_message" if is_begun(prompt) else "add_generation_prompt": True}
+            return tokenizer.apply_chat_template(list(prompt), tokenize=False, **ends)
         except Exception as error:  # of Jinja, in which a template says what it does not take, or of having none
-            raise ValueError(f"messages must suit the tokenizer's chat template; got: {error}") from error
+            reason = error if tokenizer.chat_template else "a tokenizer that has none"
+            raise ValueError(f"messages must suit the tokenizer's chat template; got: {reason}") from error
     if not isinstance(prompt, Sequence) or not all(type(i) is int and i >= 0 for i in prompt):
         raise ValueError(f"prompt must be a text, a list of token ids or a list of messages; got {prompt!r:.80}")
     return text_of(tokenizer, without_begin(tokenizer, list(prompt)))
@@ -213,7 +221,7 @@ def encode_response(
     out; not so what was `sampled`, which is read as it stands. ended: False for what was cut off, which has no EOS.
     """
     before = prompt_text(tokenizer, prompt)
-    apart = is_chat(prompt) or before[-1:].isspace() or response[:1].isspace()
+    apart = is_chat(prompt) and not is_begun(prompt) or before[-1:].isspace() or response[:1].isspace()
     if before and response and not (sampled or apart):
         response = " " + response
     ids = continuation(tokenizer, before, response)
@@ -239,10 +247,16 @@ def continuation(tokenizer: "PreTrainedTokenizerBase", before: str, text: str) -
 
 
 def encode_pair(tokenizer: "PreTrainedTokenizerBase", pair: Mapping[str, Any]) -> tuple[list[int], ...]:
-    """Token ids of a pair's prompt, and of its chosen and its rejected response, EOS included."""
+    """Token ids of a pair's prompt, and of its chosen and its rejected response, EOS included.
+
+    Raises ValueError, naming its place, for a prompt that cannot be read.
+    """
     prompt = pair["prompt"]
-    answers = (encode_response(tokenizer, prompt, pair[side]) for side in PREFERENCE_FIELDS[1:])
-    return encode_prompt(tokenizer, prompt), *answers
+    try:
+        answers = [encode_response(tokenizer, prompt, pair[side]) for side in PREFERENCE_FIELDS[1:]]
+        return encode_prompt(tokenizer, prompt), *answers
+    except ValueError as error:
+        raise ValueError(f"{getattr(pair, 'place', 'a pair')}: {error}") from error
 
 
 def encode_preferences(

@@ -41,11 +41,10 @@ def make_accelerator(device: str = "auto", **options: Any) -> "Accelerator":
 
 def known_trackers() -> dict[str, bool]:
     """The experiment trackers that accelerate knows, by name, and whether each can be imported here."""
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import LoggerType
+    from accelerate import tracking, utils
 
-    installed = [*map(str, get_available_trackers())]
-    return {name: name in installed for name in LoggerType.list() if name != "all"}
+    installed = [*map(str, tracking.get_available_trackers())]
+    return {name: name in installed for name in utils.LoggerType.list() if name != "all"}
 
 
 def share_of(accelerator: "Accelerator", count: int) -> slice:
@@ -59,8 +58,8 @@ def gather_rows(accelerator: "Accelerator", rows: torch.Tensor, *, padding: int 
     if accelerator.num_processes == 1:
         return rows
     if rows.ndim > 1:
-        padded = accelerator.pad_across_processes(rows, dim=1, pad_index=padding)
-        rows = padded.to(rows.dtype)  # padding makes whole numbers of a mask, and each process must bring the same
+        # Padding makes whole numbers of a mask, and each process must bring what the others do.
+        rows = accelerator.pad_across_processes(rows, dim=1, pad_index=padding).to(rows.dtype)
     return accelerator.gather(rows)
 
 

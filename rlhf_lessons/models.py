@@ -385,7 +385,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
             'tokenizer must have a pad token: add one, e.g. tokenizer.add_special_tokens({"pad_token": "<pad>"})'
         )
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise ValueError("tokenizer must not use its EOS token as padding: masking the padding would hide every ending")
+        raise ValueError("tokenizer must not use its EOS token as padding, which hides endings: save another pad_token")
 
 
 def check_separate(policy: nn.Module, reference: nn.Module) -> None:

@@ -56,12 +56,20 @@ def nothing(prompts, responses):
 def words(prompts, responses):
     return responses
 
+def prompt_of_words(prompts, responses):
+    return [len(prompt.split()) for prompt in prompts]
+
 def infinite(prompts, responses):
     return torch.full((len(responses),), float("inf"))
 
 import torch
 """
 PAIR = {"prompt": "film", "chosen": "good .", "rejected": "bad bad ."}
+USER, SYSTEM = {"role": "user", "content": "film"}, {"role": "system", "content": "good"}
+CHATS = [[USER], [SYSTEM, USER], [USER, {"role": "assistant", "content": "bad"}, USER]]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %} {{ m.content }} .{% endfor %}{% if add_generation_prompt %} bad{% endif %}"
+)
 
 
 def write_files(folder):
@@ -77,6 +85,7 @@ def write_files(folder):
         "incomplete.jsonl": [json.dumps(PAIR), json.dumps({"prompt": "film", "chosen": "good"})],
         "lengthy.jsonl": [json.dumps(PAIR), "", json.dumps(PAIR | {"rejected": "bad " * 30})],
         "half.jsonl": [json.dumps(PAIR | {"chosen": "good \ud83d ."})],
+        "chats.jsonl": [json.dumps({"prompt": chat}) for chat in CHATS],
         "own_scores.py": [SCORES],
         "broken_scores.py": ["def good(:"],
     }
@@ -101,6 +110,7 @@ def world(tmp_path_factory, make_lm, make_reward_model, make_tokenizer):
     save("reward", reward, tokenizer)
     save("short_reward", make_reward_model(n_positions=6), tokenizer)
     save("headless", lm.base_model, tokenizer)
+    save("chatty", lm, make_tokenizer(chat_template=TEMPLATE))
     save("pad_is_eos", lm, make_tokenizer(pad_token="<eos>"))
     save("no_tokenizer", lm)
     longer = make_tokenizer()
@@ -161,6 +171,16 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
             "reward --model lm --preferences pairs.jsonl --eval-preferences lengthy.jsonl --long-pairs refuse",
             "lengthy.jsonl, line 3: prompt and rejected",
         ),
+        (f"{PPO} --eval-prompts long.txt", "long.txt, line 3: a prompt must leave room .* context of 32; got one of "),
+        (f"{PPO} --eval-prompts empty.txt", "empty.txt: the file holds no text"),
+        (f"{RUN} --eval-prompts long.txt", "long.txt, line 3: a prompt must leave room .* context of 32; got one of "),
+        (f"{PPO} --prompts chats.jsonl", "chats.jsonl, line 1: messages must suit .*; got: a tokenizer that has none"),
+        (f"{PPO} --chat", "prompts.txt, line 1: messages must suit .*; got: a tokenizer that has none"),
+        ("ppo --score own_scores:good --chat", "give --prompts or --eval-prompts with --chat: it says how"),
+        ("sample --chat", "give --prompts or --prompt with --chat: it says how those are read"),
+        (f"{PPO} --eval-every 2", "give --eval-prompts with --eval-every: they are what is answered then"),
+        ("run --method best-of-n --eval-prompts prompts.txt", "give --eval-prompts with --method ppo or rloo or grpo"),
+        (f"{PPO} --log-with tensorboard --log-with paper", "log_with must be one of .*tensorboard.*; got 'paper'"),
         ("reward --model lm --eval-preferences pairs.jsonl", "give --preferences with --eval-preferences: they"),
         (f"{RUN} --corpus short.txt", "short.txt: no line has more than 3 words, .* lower --opening-words"),
         (f"{RUN} --context 4", "context must be more than max_new_tokens = 4; got 4"),
@@ -227,7 +247,7 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
         ("sample --model lm --policy lm --score own_scores:good --seed -1", "seed must be a whole number >= 0"),
         ("sample --model lm --policy lm --score own_scores:good --count 0", "count must be a whole number >= 1; got 0"),
         ("sample --model lm --policy lm --score own_scores:shape --prompt film --max-new-tokens 4", "must be one num"),
-        ("sample --model lm --policy lm --score own_scores:good --prompt film --max-new-tokens 40", "prompt 1: .* 2 "),
+        ("sample --model lm --policy lm --score own_scores:good --prompt film --max-new-tokens 40", "film: .* of 2"),
     ],
 )  # fmt: skip
 def test_bad_input_is_said_in_a_line(arguments, message, run, tmp_path):
@@ -561,6 +581,7 @@ def options_of(name):
 
 
 ADAPTIVE = "--adaptive-kl-target 1".split()  # without it its horizon is not asked for
+EVALUATED = "--eval-prompts prompts.txt".split()  # and without these not how often
 
 
 @pytest.mark.parametrize(
@@ -569,7 +590,7 @@ ADAPTIVE = "--adaptive-kl-target 1".split()  # without it its horizon is not ask
         (
             "run",
             [
-                ["--num-preferences", "8", *FAST, *ADAPTIVE],
+                ["--num-preferences", "8", *FAST, *ADAPTIVE, *EVALUATED],
                 [*RUN.split()[1:], *SMALL, *FAST],
                 ["--num-preferences", "8", *FAST, *GROUPS],
                 ["--num-preferences", "8", *LOOK, *DPO],
@@ -578,7 +599,7 @@ ADAPTIVE = "--adaptive-kl-target 1".split()  # without it its horizon is not ask
         ),
         ("pretrain", [["--corpus", "corpus.txt", *SMALL, "--device", "cpu"]]),
         ("reward", [["--num-preferences", "8", "--device", "cpu"]]),
-        ("ppo", [[*PPO.split()[1:], *FAST, *ADAPTIVE]]),
+        ("ppo", [[*PPO.split()[1:], *FAST, *ADAPTIVE, *EVALUATED]]),
         ("sample", ["--model lm --policy lm --score own_scores:good --prompts prompts.txt --count 2".split()]),
         ("summary", [["finished"]]),
     ],
@@ -600,6 +621,9 @@ def test_a_command_takes_the_options_that_it_reads_and_no_others(name, calls, ru
 @pytest.mark.parametrize(
     "options",
     [
+        "run --method dpo --eval-prompts e --log-with tensorboard --log-with wandb",
+        "reward --preferences p --chat",
+        "sample --prompt film --chat",
         "pretrain --layers 2 --context 32",  # the tiny world's corpus has no other tokenizer, but models of any size
         "run --preset small",
         "run --opening-words 3",  # as without it
@@ -625,6 +649,8 @@ def test_options_that_are_read_are_not_refused(options):
          "give --kl-coef with --method ppo or rloo or grpo or dpo: best-of-n does not read it"),
         ("--method dpo --corpus corpus.txt --score own_scores:good",
          "give --preferences with --corpus: DPO learns from them, and the tiny world has none"),
+        ("--method dpo --eval-prompts e --eval-every 2",
+         "give --eval-every with --method ppo or rloo or grpo: dpo does not read it"),
         ("--method dpo --reward-model r --reward-epochs 2", "give --reward-epochs or --reward-model, not both"),
     ],
 )  # fmt: skip
@@ -765,6 +791,60 @@ def test_best_of_n_climbs_with_n(run, tmp_path):
     assert [row["n"] for row in rows] == [1, 2, 4, 6]
     assert [row["score"] for row in rows] == sorted(row["score"] for row in rows)
     assert rows[0]["kl"] == 0 and rows[3]["kl"] == pytest.approx(math.log(6) - 5 / 6, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "looked"),
+    [
+        ([*FAST, *TINY_PAIRS, "--eval-every", "2"], [False, True]),
+        ([*FAST, *TINY_PAIRS, "--method", "rloo", "--samples-per-prompt", "4"], [False, True]),
+        ([*LOOK, *DPO, *TINY_PAIRS], [True, True]),
+    ],
+    ids=["ppo", "rloo", "dpo"],
+)
+def test_evaluation_prompts_are_answered_before_between_and_after(options, looked, run, tmp_path):
+    """The gold reward of their answers too, as plain as the summary that the run prints."""
+    (tmp_path / "held_out.txt").write_text("the plot was\ni thought the acting was\nthe music")
+    evaluated = ["--eval-prompts", tmp_path / "held_out.txt", "--out", tmp_path / "out"]
+    code, output, error = run("run", *options, *evaluated)
+    assert code == 0, error
+    names = {f"eval_{name}" for name in ("score", "kl", "response_length", "ended", "gold")}
+    rows = read_metrics(tmp_path / "out")
+    assert [names <= set(row) for row in rows] == [bool(names & set(row)) for row in rows] == looked
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert abs(summary["before"]["eval_kl"]) < 1e-4 and names <= set(summary["before"])
+    assert {name: summary["after"][name] for name in names} == pytest.approx({n: rows[-1][n] for n in names}, abs=1e-6)
+    before, after = (summary[when]["eval_gold"] for when in ("before", "after"))
+    assert f"gold reward on the evaluation prompts: {before:.2f} before, {after:.2f} after" in output
+
+
+def test_a_run_on_chats(run, world, tmp_path):
+    """Prompts, preferences and a plain file, by the template; what is shown are turns, no begin token twice."""
+    (tmp_path / "pairs.jsonl").write_text("\n".join(
+        json.dumps({side: [*chat, {"role": "assistant", "content": text}] for side, text in (("chosen", "good"),
+                    ("rejected", "bad bad"))}) for chat in CHATS * 4))  # fmt: skip
+    own = ["--model", "chatty", "--preferences", tmp_path / "pairs.jsonl", *FAST]
+    code, _, error = run("run", *own, "--prompts", "chats.jsonl", "--out", tmp_path / "a")
+    assert code == 0, error
+    check_finished(tmp_path / "a")
+    shown = set(re.findall(r"^\*\*(.*)\*\* …", (tmp_path / "a" / "samples.md").read_text(), re.M))
+    assert shown == {"user: film", "system: good / user: film", "user: film / assistant: bad / user: film"}
+    code, _, error = run("run", *own, "--prompts", "prompts.txt", "--chat", "--out", tmp_path / "b")
+    assert code == 0 and json.loads((tmp_path / "b" / "config.json").read_text())["chat"] is True, error
+    scores = ["--score", "own_scores:prompt_of_words", "--max-new-tokens", 4, "--prompt", "film", "--count", 1]
+    models = ["--model", "chatty", "--policy", tmp_path / "b" / "policy"]
+    assert run("sample", *models, *scores, "--chat")[1].count("| 3.00 |") == 2  # "film . bad"
+    assert run("sample", *models, *scores)[1].count("| 1.00 |") == 2
+
+
+def test_what_is_logged_is_named_in_the_config(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    code, _, error = run(
+        *PPO.split(), *FAST, "--log-with", "tensorboard", "--log-with", "tensorboard", "--out", tmp_path / "o"
+    )
+    assert code == 0, error
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["log_with"] == ["tensorboard"] * 2
+    assert len(list((tmp_path / "o" / "tensorboard").glob("events*"))) == 1
 
 
 def test_stage_by_stage_on_own_data(run, world, tmp_path):

@@ -193,13 +193,36 @@ def test_messages_are_read_by_the_tokenizer_s_template(make_tokenizer):
     """Up to where the answer begins, which no space then parts from it: the template writes what stands between."""
     tokenizer = make_tokenizer(chat_template="<bos> " + TEMPLATE)
     assert encode_prompt(tokenizer, turns("film")) == [BOS, 3, 6, 5]  # one begin token; "user" is unknown
-    assert encode_prompt(make_tokenizer(chat_template=TEMPLATE), turns("film", "good")) == [3, 6, 3, 4, 5]
+    assert encode_prompt(make_tokenizer(chat_template=TEMPLATE), turns("film", "good", "film")) == [3, 6, 3, 4, 3, 6, 5]
+    system = [{"role": "system", "content": "good"}, *turns("film")]
+    assert encode_prompt(make_tokenizer(chat_template=TEMPLATE), system) == [3, 4, 3, 6, 5]
     assert encode_response(tokenizer, turns("film"), "good") == [4, EOS]
-    with pytest.raises(ValueError, match="messages must suit the tokenizer's chat template; got: .*chat_template"):
+    with pytest.raises(
+        ValueError, match="messages must suit the tokenizer's chat template; got: a tokenizer that has no"
+    ):
         encode_prompt(make_tokenizer(), turns("film"))
     picky = make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="prompt 2: messages must suit .*; got: roles must alternate"):
         encode_prompts(picky, ["film", turns("film")], max_new_tokens=1, context=9)
+
+
+def test_an_answer_that_the_assistant_has_begun_is_continued(trained, make_tokenizer):
+    """No second turn of its own is opened for it, and a word that goes on is parted from it by a space."""
+    assert encode_prompt(make_tokenizer(chat_template=TEMPLATE), turns("film", "good")) == [3, 6, 3, 4]
+    tokenizer = copy.deepcopy(trained)
+    tokenizer.chat_template = TEMPLATE
+    begun = turns("the plot", "was")
+    assert tokenizer.decode(encode_prompt(tokenizer, begun)) == "user the plot assistant was"
+    assert tokenizer.decode(encode_response(tokenizer, begun, "good")) == " good<eos>"
+
+
+def test_a_pair_whose_messages_cannot_be_read_is_named(tokenizer, tmp_path):
+    pairs = read_preferences(write(tmp_path, PAIR, {"chosen": turns("Hi", "a"), "rejected": turns("Hi", "b")}))
+    for call in (encode_preferences, fitting_pairs):
+        with pytest.raises(
+            ValueError, match="data.jsonl, line 2: messages must suit the tokenizer's chat template; got"
+        ):
+            call(tokenizer, pairs, context=99)
 
 
 def test_no_space_is_put_behind_a_chat(trained):

@@ -193,6 +193,32 @@ def test_a_reward_model_reads_chats_by_its_own_template(make_reward_model, make_
         assert as_scorer(score, policy_s)(batch).item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_plain_prompts_are_read_as_a_user_s_where_that_is_asked_for(tmp_path):
+    """Prompts, those to evaluate with and the preferences' alike, their places and columns kept, chats as they are."""
+    chat = [{"role": "user", "content": "film"}]
+    (tmp_path / "a.txt").write_text("film\n\ngood film\n")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": 4}) + "\n" for p in ("film", chat)))
+    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "film", "chosen": "good", "rejected": "bad"}))
+    (tmp_path / "d.txt").write_text("film good\n")
+    files = dict(prompts="a.txt", eval_prompts="b.jsonl", preferences="c.jsonl", corpus="d.txt")
+    given = {name: tmp_path / file for name, file in files.items()}
+    plain, found = (resolve(argparse.Namespace(command="pretrain", chat=chat, **given)) for chat in (None, True))
+    assert [record["prompt"] for record in plain.prompts] == ["film", "good film"]
+    assert found.prompts == [{"prompt": chat}, {"prompt": [{"role": "user", "content": "good film"}]}]
+    assert [record.place for record in found.prompts] == [f"{tmp_path}/a.txt, line {n}" for n in (1, 3)]
+    assert found.eval_prompts == [{"prompt": chat, "answer": 4}] * 2
+    assert found.preferences == [{"prompt": chat, "chosen": "good", "rejected": "bad"}]
+    assert found.corpus == plain.corpus == ["film good"]
+
+
+def test_a_chat_of_the_preferences_that_cannot_be_asked_is_named(folder):
+    pair = {"prompt": [{"role": "user", "content": "film"}], "chosen": "good .", "rejected": "bad ."}
+    (folder / "pairs.jsonl").write_text(json.dumps(pair | {"prompt": "film"}) + "\n" + json.dumps(pair))
+    found = brought(model="lm", preferences="pairs.jsonl", long_pairs="drop")
+    with pytest.raises(ValueError, match="pairs.jsonl, line 2: messages must suit the tokenizer's chat template"):
+        choose_prompts(found, opening_words=0, seed=0)
+
+
 def test_a_reward_model_with_its_own_tokenizer_reads_a_word_s_second_half(make_reward_model):
     """The policy wrote "s good" after "the plot wa": no space stands between the two."""
     policy_s, own = (data.train_tokenizer(["the plot was good ."] * 9, vocab_size=size) for size in (262, 290))

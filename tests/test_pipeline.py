@@ -178,7 +178,12 @@ def test_prompts_of_each_kind_are_shown_as_text(make_lm, make_tokenizer):
     tokenizer = make_tokenizer(chat_template="{{ messages[0].content }} bad")
     prompts = ["film ", [1, 4, 6], [{"role": "user", "content": "good"}]]
     samples = compare({"before": make_lm()}, tokenizer, prompts, as_scorer(length, tokenizer), CPU, gold=False, count=3)
-    assert sorted(sample["prompt"] for sample in samples) == ["film ", "good bad", "good film"]
+    assert sorted(sample["prompt"] for sample in samples) == ["film ", "good film", "user: good"]
+    system = [{"role": "system", "content": "bad"}, *prompts[2]]
+    (sample,) = compare(
+        {"before": make_lm()}, tokenizer, [system], as_scorer(length, tokenizer), CPU, gold=False, count=1
+    )
+    assert sample["prompt"] == "system: bad / user: good"
     with pytest.raises(ValueError, match="prompts must hold at least one prompt; got none"):
         compare({"before": make_lm()}, tokenizer, [], as_scorer(length, tokenizer), CPU, gold=False)
 

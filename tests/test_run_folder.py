@@ -87,6 +87,15 @@ def test_metrics_keep_whole_lines_on_a_full_disk(size, tmp_path):
     assert read_metrics(tmp_path)[-1] == {"iteration": 99, "kl": 2.0}
 
 
+def test_who_follows_a_run_is_told_of_a_line_once_it_is_written(tmp_path):
+    folder, told = RunFolder(tmp_path), []
+    folder.follow = lambda iteration, metrics: told.append((iteration, metrics, read_metrics(tmp_path)[-1]["kl"]))
+    folder.append_metrics(1, {"kl": 1.23456789})
+    with disk_of(30), pytest.raises(OSError):
+        folder.append_metrics(2, {"kl": 2.0})
+    assert told == [(1, {"kl": 1.23456789}, 1.234568)]
+
+
 def test_models_of_one_folder_are_saved_together(tmp_path):
     path = RunFolder(tmp_path).save_models("policy", Saved("model"), Saved("tokenizer"))
     assert path == tmp_path / "policy" and names(tmp_path) == ["policy", "policy/model", "policy/tokenizer"]

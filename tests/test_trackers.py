@@ -54,8 +54,7 @@ def events(folder):
 
 def trained(folder, make_trainer, *names, **settings):
     """A short run that these trackers follow."""
-    with tracked(names, folder.path, device="cpu") as follow:
-        folder.followers.append(follow)
+    with tracked(names, folder.path, device="cpu") as folder.follow:
         optimise(make_trainer(**settings), folder, gold=False)
     return read_metrics(folder.path)
 

@@ -259,7 +259,9 @@ def compare(
         if gold:
             numbers["gold"] = tiny_reviews.gold_reward(asked, texts).tolist()
         for i, sample in enumerate(shown):
-            sample["prompt"] = asked[i]
+            given = data.as_record(chosen[i])["prompt"]
+            turns = [f"{turn['role']}: {turn['content']}" for turn in given] if data.is_chat(given) else [asked[i]]
+            sample["prompt"] = " / ".join(turns)
             sample[side] = {"text": texts[i]} | {name: values[i] for name, values in numbers.items()}
     return shown
 

@@ -7,6 +7,7 @@ the place where it stood, so that a text that does not fit can be named later.
 import argparse
 import functools
 import importlib
+import math
 import os
 import sys
 import traceback
@@ -91,6 +92,8 @@ def resolve(arguments: argparse.Namespace) -> Inputs:
     command = arguments.command
     check_device(getattr(arguments, "device", None) or "auto")
     found = {name: path and read(path) for (name, read) in FILES.items() for path in (given[name],)}
+    if getattr(arguments, "chat", None):
+        found |= {name: [*map(as_chat, found[name])] for name in FILES if found[name] and name != "corpus"}
     score = given["score"] and import_score(given["score"])
     lent = {
         "model": command != "pretrain" and given["corpus"] is None and "base",
@@ -106,6 +109,13 @@ def resolve(arguments: argparse.Namespace) -> Inputs:
         models[name] = load_model(load, path) if path else None
     named, long_pairs = {k: v and str(v) for k, v in given.items()}, getattr(arguments, "long_pairs", data.LONG[0])
     return Inputs(given=named, score=score, long_pairs=long_pairs, **found, **models)
+
+
+def as_chat(record: data.Record) -> data.Record:
+    """The record, its prompt a chat that a user opens by it, where it is a plain text."""
+    prompt = record["prompt"]
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return data.Record({**record, "prompt": chat}, record.place)
 
 
 def load_model(load: Callable[[str | Path], nn.Module], path: str | Path) -> Model:
@@ -153,8 +163,9 @@ def choose_prompts(inputs: Inputs, *, opening_words: int, seed: int, max_new_tok
     elif inputs.corpus is None:
         prompts = [data.Record({"prompt": pair["prompt"]}, pair.place) for pair in inputs.preferences]
         if inputs.long_pairs != "refuse":
-            encode, room = data.encode_prompt, context_of(inputs.model.network) - max_new_tokens
-            prompts = [record for record in prompts if len(encode(inputs.model.tokenizer, record["prompt"])) <= room]
+            room = context_of(inputs.model.network) - max_new_tokens
+            ids = data.encode_prompts(inputs.model.tokenizer, prompts, max_new_tokens=0, context=math.inf)
+            prompts = [record for record, read in zip(prompts, ids, strict=True) if len(read) <= room]
             if not prompts:
                 raise ValueError(f"{given['preferences']}: none of its prompts leaves room for a response")
         kind = f"those in {given['preferences']}"

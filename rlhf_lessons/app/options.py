@@ -110,6 +110,7 @@ READ = (  # options, what they need one of, what leaves nobody to read them, why
     (PRETRAIN, ("corpus",), (), "only what is trained on a corpus has a choice there"),
     (("preferences", *REWARD), (), ("score", "reward_model"), "no reward model is trained beside another score"),
     (("num_preferences",), (), ("preferences",), "the first asks the tiny world's annotators"),
+    (("chat",), ("prompts", "eval_prompts", "prompt", "preferences"), (), "it says how those are read"),
     (("eval_every",), ("eval_prompts",), (), "they are what is answered then"),
     (("opening_words",), ("corpus",), ("prompts",), "they are those of a corpus's lines"),
     (("prompts",), (), ("prompt",), "both say what is continued"),
@@ -194,6 +195,9 @@ def add_command(commands: Any, name: str, help: str, *sources: str) -> Parser:
         )  # fmt: skip
         for section, names in USES[name].items():
             add_settings(sub, section, names, tuple(METHODS) if name == "run" else ("ppo",))
+    if {"prompts", "preferences"}.intersection(sources):
+        help = "read plain prompts as a user's messages, by the model's chat template"
+        sub.add_argument("--chat", action="store_true", default=None, help=help)
     if "eval_prompts" in sources:
         help = "tensorboard, trackio, wandb or another tracker of accelerate's; may be given several times"
         sub.add_argument("--log-with", action="append", metavar="NAME", help=help)
@@ -313,7 +317,8 @@ def check_given(arguments: argparse.Namespace) -> None:
                     continue
                 raise ValueError(f"give --{typed(name, other)}, not both: {why}")
             if values.keys() & needed and not given.intersection(needed):
-                raise ValueError(f"give --{typed(*needed)} with --{typed(name)}: {why}")
+                one = typed(*filter(values.__contains__, needed))
+                raise ValueError(f"give --{one} with --{typed(name)}: {why}")
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:

@@ -18,6 +18,7 @@ from rlhf_lessons.app.inputs import (
     Inputs,
     Model,
     Records,
+    as_chat,
     check_lengths,
     choose_pairs,
     choose_prompts,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Options that are no setting of a stage.
-NAMED = ("method", "sampler", "opening_words", "long_pairs", "log_with", "checkpoint_every")
+NAMED = ("method", "sampler", "opening_words", "long_pairs", "log_with", "chat", "checkpoint_every")
 NUM_TEXTS = 64_000  # of the tiny world, that its base model learns to write from
 NUM_HELD_OUT = 1000  # pairs of the tiny world that a reward model is measured on
 
@@ -194,13 +195,15 @@ def side_by_side(inputs: Inputs, arguments: argparse.Namespace) -> list[dict[str
     """`sample`: responses of the model before PPO and after it, as `compare` gives them."""
     require("count", arguments.count, arguments.count >= 1, "a whole number >= 1")
     config = PPOConfig(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
-    for prompt in arguments.prompt or ():
-        data.check_texts(prompt, "prompt", "--prompt")
+    typed = [data.Record({"prompt": prompt}, f"--prompt {prompt}") for prompt in arguments.prompt or ()]
+    for record in typed:
+        data.check_texts(record["prompt"], "prompt", "--prompt")
     before, after = inputs.model, inputs.policy
     if not read_alike(before.tokenizer, after.tokenizer):
         raise ValueError("--model (before) and --policy (after) must share a tokenizer; give both, from one run")
     scorer = as_scorer(choose_score(inputs, inputs.reward_model, before.tokenizer, device="cpu"), before.tokenizer)
-    prompts = arguments.prompt or choose_prompts(inputs, opening_words=0, seed=config.seed)
+    typed = [*map(as_chat, typed)] if arguments.chat else typed
+    prompts = typed or choose_prompts(inputs, opening_words=0, seed=config.seed)
     gold, models = of_tiny_world(before.tokenizer), {"before": before.network, "after": after.network}
     return compare(models, before.tokenizer, prompts, scorer, config, gold=gold, count=arguments.count)
 

@@ -39,11 +39,7 @@ def versions() -> dict[str, str]:
     """Of what a result depends on most: python, torch, transformers."""
     import transformers
 
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 class RunFolder:
@@ -53,7 +49,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, *, new: bool = True, every: int = EVERY) -> None:
-        self.path, self.every, self.followers = Path(path), every, []
+        self.path, self.every, self.follow = Path(path), every, lambda iteration, metrics: None
         self.path.mkdir(parents=True, exist_ok=True)
         self.state = self.path / CHECKPOINT / "state.safetensors"
         held = sorted(item.name for item in self.path.iterdir() if item.name != "config.json")
@@ -121,7 +117,7 @@ class RunFolder:
         self.write_json("config.json", settings | {"made_by": made_by})
 
     def append_metrics(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Add one line to metrics.jsonl, whole or not at all; then tell all who follow the run."""
+        """Add one line to metrics.jsonl, whole or not at all; then tell who follows the run."""
         line = strict_json({"iteration": iteration} | {name: round(value, 6) for name, value in metrics.items()})
         path = self.path / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
@@ -134,8 +130,7 @@ class RunFolder:
             if isinstance(error, OSError):
                 error.filename = str(path)
             raise
-        for follow in self.followers:
-            follow(iteration, metrics)
+        self.follow(iteration, metrics)
 
     def save_models(self, name: str, *parts: Any) -> Path:
         """Save models and tokenizers that share a folder (anything with save_pretrained), whole or not at all."""
