@@ -16,7 +16,7 @@ from survive import begin, contents, left_half_written, survive, write_inputs
 from rlhf_lessons import __main__ as commands
 from rlhf_lessons import fitting
 from rlhf_lessons.app import align
-from rlhf_lessons.app.run_folder import RunFolder
+from rlhf_lessons.app.run_folder import RunFolder, read_metrics
 
 FEW = "--num-iterations 6 --lm-epochs 1 --reward-epochs 1 --checkpoint-every 2".split()
 METHODS = {
@@ -234,7 +234,8 @@ def test_what_a_killed_process_left_half_written_is_removed(stopped):
         file.write('{"iteration": 4, "kl"')
     with RunFolder(stopped, new=False).in_use():
         assert sorted(path.name for path in stopped.iterdir() if "partial" in path.name) == []
-    assert len(RunFolder(stopped, new=False).go_on_after(3)) == 3
+    RunFolder(stopped, new=False).go_on_after(3)
+    assert [row["iteration"] for row in read_metrics(stopped)] == [1, 2, 3]
 
 
 def test_a_fit_in_another_thread_leaves_signals_alone(place, tmp_path):

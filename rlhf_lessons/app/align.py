@@ -1,6 +1,7 @@
 """From a base model and a score to what a method makes of them, and the report: the same folder whatever the method."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,27 @@ from torch import Tensor, nn
 from rlhf_lessons import data, tiny_reviews
 from rlhf_lessons.app.inputs import Records
 from rlhf_lessons.app.resume import STEPS, Stage
-from rlhf_lessons.app.run_folder import RunFolder, draw_run, mean_of_last, samples_table
+from rlhf_lessons.app.run_folder import (
+    LAST,
+    RunFolder,
+    draw_run,
+    longest_response,
+    read_metrics,
+    rounded,
+    samples_table,
+    summarise,
+)
 from rlhf_lessons.config import BestOfNConfig, DPOConfig, SamplingConfig, TrainerConfig
+from rlhf_lessons.device import autocast
 from rlhf_lessons.display import progress, say
 from rlhf_lessons.fitting import fit_dpo, preference_log_probs
 from rlhf_lessons.forward import context_of
 from rlhf_lessons.generation import Samples, best_of_n, eos_ids, sample_batch
 from rlhf_lessons.group_trainers import GRPOTrainer, RLOOTrainer
-from rlhf_lessons.kl import best_of_n_bound
+from rlhf_lessons.importance import importance_ratio
+from rlhf_lessons.kl import best_of_n_bound, sampled_kl
 from rlhf_lessons.models import bar_unused_ids
-from rlhf_lessons.rollout import Rollout, describe
+from rlhf_lessons.rollout import Credited, Rollout, describe, response_log_probs
 from rlhf_lessons.scoring import Scorer, best_of_mean
 from rlhf_lessons.trainer import PPOTrainer, Trainer
 
@@ -30,15 +42,17 @@ if TYPE_CHECKING:
 TRAINERS = {"ppo": PPOTrainer, "rloo": RLOOTrainer, "grpo": GRPOTrainer}
 TITLES = {"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO", "best-of-n": "best-of-n"}
 NUM_SHOWN = 8  # responses read side by side
+NUM_KEPT = 3  # responses of a batch that are kept token by token, beside its longest
+NUM_LOOKS = 50  # iterations of a run of which they are kept, or about as many
 NUM_READ = 256  # pairs that DPO is measured on at each look
 ROWS = 1024  # of best-of-n's responses that are sampled at once
 
 
 class History:
-    """What a run has come to, row by row: for its folder, for who watches, and for the report at the end."""
+    """What a run has come to, row by row: in its folder's files, for who watches, and in the report at the end."""
 
     def __init__(self, trainer: Trainer, folder: RunFolder, *, method: str, rows: int, gold: bool) -> None:
-        self.trainer, self.folder, self.gold, self.rows = trainer, folder, gold, []
+        self.trainer, self.folder, self.gold, self.rows, self.done = trainer, folder, gold, rows, 0
         shown = {"reward": "score", **({"gold": "gold"} if gold else {}), "KL": "kl"}
         self.show = progress(rows, label=TITLES[method], show=shown)
 
@@ -47,10 +61,11 @@ class History:
         return tiny_reviews.gold_reward(*batch.texts(self.trainer.tokenizer))
 
     def begin(self, untrained: Rollout) -> None:
-        """Remember what the base model's responses were worth, those to the evaluation prompts too."""
-        self.before = {"score": float(untrained.scores.mean()), "score_std": float(untrained.scores.std())}
-        self.before |= looked_at(self.trainer)
-        self.add_gold(self.before, untrained)
+        """Write down what the base model's responses were worth, those to the evaluation prompts too."""
+        before = {"score": float(untrained.scores.mean()), "score_std": float(untrained.scores.std())}
+        before |= looked_at(self.trainer)
+        self.add_gold(before, untrained)
+        self.folder.write_json("before.json", rounded(before))
 
     def add_gold(self, metrics: dict[str, float], batch: Rollout) -> None:
         """The gold reward beside each score in these metrics, if it is measured: the batch's, the evaluation's."""
@@ -60,39 +75,63 @@ class History:
 
     def go_on_after(self, iteration: int) -> None:
         """Continue after this iteration of a run that was stopped: what is later is done again."""
-        self.rows = self.folder.go_on_after(iteration)
+        self.done = iteration
+        self.folder.go_on_after(iteration)
 
     def add(self, iteration: int, metrics: dict[str, float], batch: Rollout) -> None:
-        """One more row."""
+        """One more row and, every so often, a few of the batch's responses token by token."""
+        self.done = iteration
         self.add_gold(metrics, batch)
         self.folder.append_metrics(iteration, metrics)
-        self.rows.append({"iteration": iteration} | metrics)
+        if iteration in (1, self.rows) or iteration % math.ceil(self.rows / NUM_LOOKS) == 0:
+            kept = [{"iteration": iteration} | response for response in self.responses(batch)]
+            self.folder.append("rollouts.jsonl", kept)
         self.show(iteration, metrics)
 
-    def report(self, batch: Rollout, *, last: int, n: int = 1) -> dict[str, Any]:
-        """Samples, pictures and the summary, which is returned: before, and the mean of the last rows.
+    def responses(self, batch: Rollout) -> list[dict[str, Any]]:
+        """The first responses of a batch and its longest that ended, each with what is known of it and of its tokens.
 
-        Of the evaluation prompts it holds what the last row does.
-        batch: one of whose responses is drawn; n: that each answer after is the best of. Raises ValueError at the end
-        for parts that could not be made; all others are there then.
+        "ratio", where the batch was learnt from, is π now over π that sampled. Only reads: no random number is drawn.
         """
-        trainer, folder = self.trainer, self.folder
-        models = {"before": trainer.reference, "after": trainer.lm}
-        names = [name for name in ("score", "gold", "kl") if name in self.rows[-1]]
-        after = {name: mean_of_last(self.rows, name, last=last) for name in names}
-        after |= {name: value for name, value in self.rows[-1].items() if name.startswith("eval_")}
-        summary = {"before": self.before, "after": after}
+        trainer, longest = self.trainer, int((batch.response_mask.sum(dim=1) * batch.ended).argmax())
+        few = batch.rows(torch.tensor(list(dict.fromkeys([*range(min(NUM_KEPT, len(batch))), longest]))))
+        known = {"log_prob": few.log_probs, "ref_log_prob": few.ref_log_probs}
+        known["kl"] = sampled_kl(few.log_probs, few.ref_log_probs, kind="k1")
+        of_method = [name for name in ("value", "advantage", "reward") if hasattr(few, f"{name}s")]
+        known |= {name: getattr(few, f"{name}s") for name in of_method}
+        if isinstance(few, Credited):
+            with torch.no_grad(), autocast(trainer.device, trainer.config.precision):
+                known["ratio"] = importance_ratio(response_log_probs(trainer.lm, few, trainer.config), few.log_probs)
+        of_text = {"score": few.scores, **({"gold": self.gold_of(few)} if self.gold else {}), "ended": few.ended}
+        kept = []
+        for row, (prompt, text) in enumerate(zip(*few.texts(trainer.tokenizer), strict=True)):
+            real = few.response_mask[row]
+            tokens = [data.text_of(trainer.tokenizer, [token]) for token in few.responses[row][real].tolist()]
+            numbers = {name: x[row].item() for name, x in of_text.items()}
+            kept.append({"prompt": prompt, "tokens": tokens, "text": text} | numbers
+                        | {name: x[row][real].tolist() for name, x in known.items()})  # fmt: skip
+        return kept
+
+    def report(self, *, last: int, n: int = 1) -> dict[str, Any]:
+        """Samples of both models, then from the folder's files pictures and the summary, which is returned.
+
+        last: iterations that "after" is the mean of; n: that each answer after is the best of. Raises ValueError at the
+        end for parts that could not be made; all others are there then.
+        """
+        trainer, folder, summary = self.trainer, self.folder, summarise(self.folder.path, last=last)
 
         def write_samples() -> None:
-            samples = compare(
+            models = {"before": trainer.reference, "after": trainer.lm}
+            samples = before_and_after(
                 models, trainer.tokenizer, trainer.prompts, trainer.scorer, trainer.config, gold=self.gold,
                 best_of={"after": n},
             )  # fmt: skip
+            folder.write_json("samples.json", rounded(samples))
             folder.write_text("samples.md", samples_table(samples))
 
         write_each({
             "samples.md": write_samples,
-            "figures": lambda: draw_run(folder, self.rows, *longest_response(batch, trainer.tokenizer)),
+            "figures": lambda: draw_run(folder, read_metrics(folder.path), *longest_response(folder.path)),
             "summary.json": lambda: folder.write_json("summary.json", summary),  # last: who has it has finished
         })  # fmt: skip
         return summary
@@ -117,7 +156,7 @@ def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: 
 
         trainer.train(on_step)
     folder.save_models("policy", trainer.policy, trainer.tokenizer)
-    return history.report(trainer.batch, last=5)
+    return history.report(last=LAST)
 
 
 def looking(config: SamplingConfig, *arguments: Any, each: int = 1, prompts: int, **options: Any) -> Trainer:
@@ -163,7 +202,7 @@ def optimise_directly(
         history.add(look, row | looked_at(trainer), batch)
 
     def beside() -> dict[str, Any]:
-        return {"generator": trainer.generator.get_state(), "since_look": losses, "looks": len(history.rows)}
+        return {"generator": trainer.generator.get_state(), "since_look": losses, "looks": history.done}
 
     with Stage(folder, "dpo", each=STEPS, beside=beside) as stage:
         kept = stage.load() or beside()
@@ -176,7 +215,7 @@ def optimise_directly(
             seed=config.seed, device=config.device, precision=config.precision, on_step=on_step, keeper=stage,
         )  # fmt: skip
     folder.save_models("policy", trainer.policy, trainer.tokenizer)
-    return history.report(trainer.collect(), last=1)
+    return history.report(last=1)
 
 
 def choose_among(
@@ -210,8 +249,9 @@ def choose_among(
     values = {name: torch.cat(parts) for name, parts in known["values"].items()}
     for row, n in enumerate(sizes, start=1):
         means = {name: float(best_of_mean(values["score"], x, n).mean()) for name, x in values.items()}
-        history.add(row, means | {"kl": best_of_n_bound(n), "n": n}, rollout)
-    return history.report(best_of_n(rollout, rollout.scores), last=1, n=config.n)
+        first = rollout.rows(torch.arange(len(rollout)).view(-1, config.n)[:, :n].flatten())
+        history.add(row, means | {"kl": best_of_n_bound(n), "n": n}, best_of_n(first, first.scores))
+    return history.report(last=1, n=config.n)
 
 
 def write_each(parts: Mapping[str, Callable[[], None]]) -> None:
@@ -227,7 +267,7 @@ def write_each(parts: Mapping[str, Callable[[], None]]) -> None:
         raise ValueError(f"cannot write {', '.join(failed)}; the policy and the rest of the run are written")
 
 
-def compare(
+def before_and_after(
     models: dict[str, nn.Module], tokenizer: "PreTrainedTokenizerBase", prompts: Records, scorer: Scorer,
     config: SamplingConfig, *, gold: bool, count: int = NUM_SHOWN, best_of: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -264,20 +304,6 @@ def compare(
             sample["prompt"] = " / ".join(turns)
             sample[side] = {"text": texts[i]} | {name: values[i] for name, values in numbers.items()}
     return shown
-
-
-def longest_response(batch: Rollout, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[str], dict[str, list[float]]]:
-    """The tokens of a batch's longest response that ended, and what the method knew of each."""
-    lengths = batch.response_mask.sum(dim=1)
-    row = int((lengths * batch.ended).argmax())
-    steps = slice(0, int(lengths[row]))
-    quantities = {
-        "reward": getattr(batch, "rewards", None), "kl": batch.log_probs - batch.ref_log_probs,
-        "value": getattr(batch, "values", None), "advantage": getattr(batch, "advantages", None),
-    }  # fmt: skip
-    tokens = tokenizer.convert_ids_to_tokens(batch.responses[row, steps].tolist())
-    shown = {name: x[row, steps].tolist() for name, x in quantities.items() if x is not None}
-    return [token.replace("Ġ", "") for token in tokens], shown
 
 
 def align(

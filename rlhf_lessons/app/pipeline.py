@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rlhf_lessons import data, tiny_reviews
-from rlhf_lessons.app.align import TITLES, align, compare
+from rlhf_lessons.app.align import TITLES, align, before_and_after
 from rlhf_lessons.app.inputs import (
     Inputs,
     Model,
@@ -192,7 +192,7 @@ def of_tiny_world(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def side_by_side(inputs: Inputs, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """`sample`: responses of the model before PPO and after it, as `compare` gives them."""
+    """`sample`: responses of the model before PPO and after it, as `before_and_after` gives them."""
     require("count", arguments.count, arguments.count >= 1, "a whole number >= 1")
     config = PPOConfig(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
     typed = [data.Record({"prompt": prompt}, f"--prompt {prompt}") for prompt in arguments.prompt or ()]
@@ -205,7 +205,7 @@ def side_by_side(inputs: Inputs, arguments: argparse.Namespace) -> list[dict[str
     typed = [*map(as_chat, typed)] if arguments.chat else typed
     prompts = typed or choose_prompts(inputs, opening_words=0, seed=config.seed)
     gold, models = of_tiny_world(before.tokenizer), {"before": before.network, "after": after.network}
-    return compare(models, before.tokenizer, prompts, scorer, config, gold=gold, count=arguments.count)
+    return before_and_after(models, before.tokenizer, prompts, scorer, config, gold=gold, count=arguments.count)
 
 
 def sampler_named(name: str) -> Callable[..., Any] | None:

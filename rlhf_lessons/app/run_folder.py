@@ -1,15 +1,19 @@
 """A run's folder: what is written while it goes on, and the pictures and samples that it ends in.
 
     config.json      all settings, the command, versions
+    before.json      what the base model's responses were worth
     metrics.jsonl    one line per iteration
+    rollouts.jsonl   of some fifty iterations a few responses, token by token
+    samples.json     before and after, side by side; samples.md: the same to read
+    report.html      the run to look into, in a browser: curves, responses token by token, before and after, settings
     summary.json     before and after, in numbers; written last, so that it tells a finished run from a stopped one
-    samples.md       before and after, side by side
     figures/*.png    curves, and one response token by token
     tensorboard/     the metrics once more, for TensorBoard, if asked for
     policy/ reward_model/ base_model/    Hugging Face checkpoints
     checkpoint/      while the run goes on, or was stopped: what it continues from
 
 Whole files are written beside their place and then moved there, so that a run that is stopped leaves none half-written.
+Pictures, page and summary are made of the files above them, so that they can be made again.
 """
 
 import contextlib
@@ -88,22 +92,21 @@ class RunFolder:
         """A place to write a file or a folder to; moved to `name` once all of it is there, else removed."""
         return written_whole(self.path / name)
 
-    def go_on_after(self, iteration: int) -> list[dict[str, float]]:
-        """Take back the lines of what came after an iteration. Returns the rows of metrics.jsonl up to it."""
+    def go_on_after(self, iteration: int) -> None:
+        """Take back the lines of what came after an iteration."""
         for name in ITERATIONS:
             path = self.path / name
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
             if kept != lines:
                 self.write_text(name, "".join(kept))
-        return read_metrics(self.path) if (self.path / "metrics.jsonl").exists() else []
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, whole or not at all."""
         with self.whole(name) as partial:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # what a shell passed on as no text
 
-    def write_json(self, name: str, content: dict) -> None:
+    def write_json(self, name: str, content: dict | list) -> None:
         """Write a JSON file, whole or not at all."""
         self.write_text(name, strict_json(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -118,19 +121,23 @@ class RunFolder:
 
     def append_metrics(self, iteration: int, metrics: dict[str, float]) -> None:
         """Add one line to metrics.jsonl, whole or not at all; then tell who follows the run."""
-        line = strict_json({"iteration": iteration} | {name: round(value, 6) for name, value in metrics.items()})
-        path = self.path / "metrics.jsonl"
+        self.append("metrics.jsonl", [{"iteration": iteration} | metrics])
+        self.follow(iteration, metrics)
+
+    def append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Add rows to a file of JSON lines, all of them or none, their numbers to six digits."""
+        lines = "".join(strict_json(rounded(row)) + "\n" for row in rows)
+        path = self.path / name
         size = path.stat().st_size if path.exists() else 0
         try:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(lines)
         except BaseException as error:  # Ctrl-C too
             if path.exists():
                 os.truncate(path, size)
             if isinstance(error, OSError):
                 error.filename = str(path)
             raise
-        self.follow(iteration, metrics)
 
     def save_models(self, name: str, *parts: Any) -> Path:
         """Save models and tokenizers that share a folder (anything with save_pretrained), whole or not at all."""
@@ -151,6 +158,15 @@ def strict_json(content: Any, **options: Any) -> str:
     return json.dumps(finite, allow_nan=False, **options)
 
 
+def rounded(content: Any) -> Any:
+    """The content, each number in it to six digits after the point."""
+    if isinstance(content, dict):
+        return {name: rounded(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [rounded(value) for value in content]
+    return round(content, 6) if isinstance(content, float) else content
+
+
 def with_nan(numbers: dict[str, float | None]) -> dict[str, float]:
     """Numbers as `strict_json` wrote them, NaN in the place of null."""
     return {name: math.nan if value is None else value for name, value in numbers.items()}
@@ -162,11 +178,15 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     What was no finite number when it was written is NaN.
     """
     path = Path(path)
-    file = path / "metrics.jsonl" if path.is_dir() else path
+    return [with_nan(row) for row in read_lines(path / "metrics.jsonl" if path.is_dir() else path)]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, up to one that was cut short."""
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
-            rows.append(with_nan(json.loads(line)))
+            rows.append(dict(json.loads(line).items()))
         except (json.JSONDecodeError, AttributeError):  # half a line may be a number
             break
     return rows
@@ -178,6 +198,27 @@ def mean_of_last(rows: list[dict], name: str, last: int = LAST) -> float:
         raise ValueError("rows must hold at least one iteration; got none")
     values = [row[name] for row in rows[-last:]]
     return sum(values) / len(values)
+
+
+def summarise(path: Path, *, last: int) -> dict[str, dict[str, float]]:
+    """A run's numbers before and after, from its folder's files; after: the mean of the last iterations."""
+    rows, before = read_metrics(path), with_nan(json.loads((path / "before.json").read_text(encoding="utf-8")))
+    names = [name for name in ("score", "gold", "kl") if rows and name in rows[-1]]
+    after = rounded({name: mean_of_last(rows, name, last=last) for name in names})
+    evaluated = {name: value for name, value in (rows or [{}])[-1].items() if name.startswith("eval_")}
+    return {"before": before, "after": after | evaluated}
+
+
+def longest_response(path: Path) -> tuple[list[str], dict[str, list[float]]]:
+    """The tokens of the longest response that ended in the last iteration of rollouts.jsonl, and what is known of each.
+
+    Where none ended, the first one.
+    """
+    responses = read_lines(path / "rollouts.jsonl")
+    last = [response for response in responses if response["iteration"] == responses[-1]["iteration"]]
+    longest = max(last, key=lambda response: len(response["tokens"]) * response["ended"])
+    shown = {name: longest[name] for name in ("reward", "kl", "value", "advantage") if name in longest}
+    return [token.strip(" ") for token in longest["tokens"]], shown
 
 
 def samples_table(samples: list[dict]) -> str:
