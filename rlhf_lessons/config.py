@@ -281,15 +281,34 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class ModelConfig:
+    """How a policy is held in memory, and which of its weights are trained."""
+
+    lora_rank: int = setting(0, at_least(0), "train a LoRA adapter of this rank beside frozen weights; 0: all weights")
+    lora_alpha: float | None = setting(None, OPTIONAL, "the adapter counts by this over its rank; off: twice the rank")
+    gradient_checkpointing: bool = setting(
+        False, SWITCH, "keep no activations inside blocks: a third more computing for a fraction of the memory"
+    )
+    weights: str = setting(
+        "float32", one_of("float32", "bf16"), "what frozen weights, those beside an adapter, are held in"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        require("lora_alpha", self.lora_alpha, self.lora_alpha is None or self.lora_rank > 0, "None without lora_rank")
+
+
+@dataclass(frozen=True)
 class Settings:
     """The settings of a whole run."""
 
     pretrain: PretrainConfig = PretrainConfig()
     reward: RewardConfig = RewardConfig()
+    model: ModelConfig = ModelConfig()
     method: SamplingConfig = PPOConfig()
 
     def __post_init__(self) -> None:
-        for item, kind in zip(fields(self), (PretrainConfig, RewardConfig, SamplingConfig), strict=True):
+        for item, kind in zip(fields(self), (PretrainConfig, RewardConfig, ModelConfig, SamplingConfig), strict=True):
             value = getattr(self, item.name)
             require(item.name, value, isinstance(value, kind), f"a {kind.__name__}")
 
@@ -306,7 +325,7 @@ PRESETS = {  # what differs from the defaults
 
 def make_settings(method: str = "ppo", given: Mapping[str, Any] = MappingProxyType({})) -> Settings:
     """The settings of a run by one of METHODS: those in `given` by their names, all others default."""
-    kinds = {"pretrain": PretrainConfig, "reward": RewardConfig, "method": METHODS[method]}
+    kinds = {"pretrain": PretrainConfig, "reward": RewardConfig, "model": ModelConfig, "method": METHODS[method]}
     return Settings(**{
         section: kind(**{item.name: given[item.name] for item in fields(kind) if item.name in given})
         for section, kind in kinds.items()

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lessons.adapters import as_reference, merged_weights
 from rlhf_lessons.config import PPOConfig, TrainerConfig, require
 from rlhf_lessons.data import as_record, encode_prompts, pad
 from rlhf_lessons.device import autocast, gather_rows, make_accelerator, share_of
 from rlhf_lessons.fitting import check_finite, fit_language_model, fit_reward_model
-from rlhf_lessons.forward import context_of
+from rlhf_lessons.forward import context_of, plain
 from rlhf_lessons.generation import Responses, draw_uniforms, eos_ids, sample_responses
 from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
@@ -77,12 +78,13 @@ class Updates:
 class Trainer:
     """On-policy optimisation of a language model against a score, on a leash to a reference.
 
-    policy: a language model, or for PPO a `CausalLMWithValueHead`, trained in place; reference: a language model of its
-    own, frozen here; scorer: a reward model that shares the tokenizer and scores the tokens themselves, a function
-    (prompts, responses) -> (B,) floats of two lists of texts, EOS stripped, or a `Scorer`; prompts: texts, token ids,
-    chats, or records with such a `prompt` and columns for the score, drawn at random for each batch. sampler: what
-    takes the place of `sample_responses`; optimizer: over the policy's parameters, AdamW where none is given;
-    scheduler: of that optimizer, stepped once an iteration, `lr_schedule` where none is given.
+    policy: a language model, or for PPO a `CausalLMWithValueHead`, trained in place, and of it what needs a gradient;
+    reference: a language model of its own, frozen here, or None: the policy with its adapter switched off
+    (`adapters.as_reference`); scorer: a reward model that shares the tokenizer and scores the tokens themselves, a
+    function (prompts, responses) -> (B,) floats of two lists of texts, EOS stripped, or a `Scorer`; prompts: texts,
+    token ids, chats, or records with such a `prompt` and columns for the score, drawn at random for each batch.
+    sampler: what takes the place of `sample_responses`; optimizer: over the policy's parameters, AdamW where none is
+    given; scheduler: of that optimizer, stepped once an iteration, `lr_schedule` where none is given.
     Raises ValueError for a config of another method, a reference that shares parameters with the policy, no prompts, a
     prompt too long for the context, a precision that the device lacks, or models that `check_models` refuses.
     """
@@ -90,7 +92,7 @@ class Trainer:
     settings: type[TrainerConfig] = TrainerConfig  # that the method reads
 
     def __init__(
-        self, config: TrainerConfig, policy: nn.Module, reference: nn.Module,
+        self, config: TrainerConfig, policy: nn.Module, reference: nn.Module | None,
         scorer: Scorer | nn.Module | Callable[..., Any], prompts: Sequence[str | Mapping[str, Any]],
         tokenizer: "PreTrainedTokenizerBase", *, sampler: Callable[..., Responses] | None = None,
         optimizer: torch.optim.Optimizer | None = None, scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
@@ -104,7 +106,7 @@ class Trainer:
         for name, parts in pieces.items():
             whole, unit = getattr(config, name), parts * processes
             require(name, whole, whole % unit == 0, f"a multiple of {unit}, {parts} for each of {processes} processes")
-        reference = getattr(reference, "lm", reference)
+        policy, reference = plain(policy), getattr(reference, "lm", reference)
         check_separate(policy, reference)
         if scheduler is not None and scheduler.optimizer is not optimizer:
             raise ValueError("scheduler must come with the optimizer that it steers; got another one or none")
@@ -113,7 +115,7 @@ class Trainer:
         self.prompt_ids = encode_prompts(
             tokenizer, prompts, max_new_tokens=config.max_new_tokens, context=context_of(policy)
         )
-        self.reference = reference.to(self.device).requires_grad_(False).eval()
+        self.reference = None if reference is None else reference.to(self.device).requires_grad_(False).eval()
         self.scorer = as_scorer(scorer, tokenizer, rows=config.scored_rows)
         if isinstance(self.scorer, ModelScorer):
             self.scorer.model.to(self.device)
@@ -135,18 +137,23 @@ class Trainer:
     def check_models(self) -> None:
         """Raise ValueError for models that cannot learn, lack ids of the tokenizer, or score unlike they sample."""
         if not any(p.requires_grad for p in self.lm.parameters()):
-            raise ValueError("policy must have parameters to train in its language model; got none")
+            raise ValueError(
+                "policy must have parameters to train in its language model (a frozen adapter is to be loaded with "
+                "is_trainable=True); got none"
+            )
         for model in (self.policy, self.reference):
-            check_language_model(model, self.tokenizer)
+            if model is not None:
+                check_language_model(model, self.tokenizer)
+        with as_reference(self.lm, self.reference):  # what cannot be held to is said now
+            pass
         if isinstance(self.scorer, ModelScorer):
             check_vocabulary(self.scorer.model, self.tokenizer)
 
     def default_optimizer(self, policy: nn.Module) -> torch.optim.Optimizer:
         """AdamW without weight decay, ε = 1e-5."""
         fused = self.device.type in ("cpu", "cuda")
-        return torch.optim.AdamW(
-            policy.parameters(), lr=self.config.learning_rate, eps=1e-5, weight_decay=0.0, fused=fused
-        )
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        return torch.optim.AdamW(parameters, lr=self.config.learning_rate, eps=1e-5, weight_decay=0.0, fused=fused)
 
     def default_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """From `learning_rate` linearly towards 0 at the end of the run, or constant."""
@@ -178,7 +185,7 @@ class Trainer:
         self.kl_controller.update(metrics["kl"], self.config.batch_size)
         self.scheduler.step()
         if hasattr(self.sampler, "update"):
-            self.sampler.update(iter(self.lm.state_dict().items()))
+            self.sampler.update(merged_weights(self.lm))
         self.iteration += 1
         return metrics
 
