@@ -1,7 +1,7 @@
 """An adapter in a language model: a few weights are trained, those that they stand beside are frozen and serve twice.
 
 With the adapter on they are the policy, with it off its reference. PEFT makes and reads adapters; it is imported where
-a model has one or is to get one. What `peft.get_peft_model` gives is read as the model inside it (`forward.plain`).
+a model is to get one, and nowhere else. What `peft.get_peft_model` gives is read as the model inside (`forward.plain`).
 """
 
 import contextlib
@@ -23,19 +23,12 @@ def has_adapter(lm: nn.Module) -> bool:
 
 
 def adapter_layers(lm: nn.Module) -> dict[str, nn.Module]:
-    """The layers with an adapter by their names; none in a model without one."""
-    if not has_adapter(lm):
-        return {}
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return {name: module for name, module in plain(lm).named_modules() if isinstance(module, kinds)}
+    """The layers with an adapter by their names: those that say whether it is off. None in a model without one."""
+    named = plain(lm).named_modules()
+    return {name: layer for name, layer in named if isinstance(getattr(layer, "disable_adapters", None), bool)}
 
 
-def add_lora(
-    lm: nn.Module, *, rank: int, alpha: float | None = None, base: str | None = None, seed: int = 0
-) -> nn.Module:  # fmt: skip
+def add_lora(lm: nn.Module, *, rank: int, alpha: float | None = None, base: str | None = None, seed: int = 0) -> None:
     """Freeze a language model and put a LoRA adapter into it, in place: W x becomes W x + (alpha/rank)·B A x, B = 0.
 
     So nothing changes before the first step. It goes into the layers that PEFT names for the family, into all linear
@@ -47,22 +40,19 @@ def add_lora(
     if has_adapter(lm):
         raise ValueError(f"lora_rank must be 0 for a model that has an adapter, which is trained on; got {rank}")
     try:
-        from peft import LoraConfig
-        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+        import peft
     except ImportError as error:
         raise ValueError(f'lora_rank must be 0 without PEFT (pip install "rlhf_lessons[lora]"); got {rank}') from error
-    targets = None if lm.config.model_type in KNOWN else "all-linear"
-    config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it turns GPT-2's matrices by itself, and says so
+    known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    targets = None if lm.config.model_type in known else "all-linear"
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # of how GPT-2's matrices lie
         torch.manual_seed(seed)
         lm.add_adapter(config)
-    for p in lm.parameters():
-        if p.requires_grad:
-            p.data = full_precision(p.data)  # a step is smaller than 16 bits can tell apart
-    name = base or lm.name_or_path
-    config.base_model_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name or None
-    return lm
+    for p in filter(lambda p: p.requires_grad, lm.parameters()):
+        p.data = full_precision(p.data)  # a step is smaller than 16 bits can tell apart
+    name = base or lm.name_or_path or None
+    config.base_model_name_or_path = os.path.abspath(name) if name and os.path.isdir(name) else name
 
 
 @contextlib.contextmanager
@@ -74,20 +64,17 @@ def as_reference(lm: nn.Module, reference: nn.Module | None = None) -> Iterator[
     if reference is not None:
         yield reference
         return
-    layers = [layer for layer in adapter_layers(lm).values() if not layer.disable_adapters]
-    if not layers:
-        raise ValueError("reference must be a model of its own where the policy has no adapter to turn off; got None")
-    trained = [(p, p.requires_grad) for p in lm.parameters()]
+    layers, trained = adapter_layers(lm).values(), [(p, p.requires_grad) for p in lm.parameters()]
     try:
         for layer in layers:
             layer.enable_adapters(False)
-        if any(p.requires_grad for p in lm.parameters()):
-            raise ValueError("reference must be a model of its own where weights beside an adapter train; got None")
+        if not layers or any(p.requires_grad for p in lm.parameters()):
+            raise ValueError("reference must be a model of its own, unless an adapter alone is trained; got None")
         yield lm
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-        for p, was in trained:  # PEFT freezes what it turns off, and thaws what it turns on
+        for p, was in trained:  # PEFT freezes what it switches off, and thaws what it switches on
             p.requires_grad_(was)
 
 

@@ -117,7 +117,10 @@ class TrainerConfig(SamplingConfig):
     gradient_accumulation_steps: int = setting(1, COUNT, "pieces in which a minibatch is computed, to save memory")
     ppo_epochs: int = setting(4, COUNT, "passes over each batch")
     learning_rate: float = setting(1e-3, POSITIVE, "of AdamW at the start")
-    lr_schedule: str = setting("linear", one_of("linear", "constant"), "linear (to 0 over the run) or constant")
+    lr_schedule: str = setting(
+        "linear", one_of("linear", "constant", "cosine"), "linear or cosine (to 0 over the run), or constant"
+    )
+    warmup_iterations: int = setting(0, at_least(0), "iterations before it, in which the rate climbs to its height")
     max_grad_norm: float = setting(1.0, LIMIT, "gradients are scaled down to this norm")
     clip_eps: float = setting(0.2, LIMIT, "ε of the policy's clip range")
     clip_eps_high: float | None = setting(None, OPTIONAL, "ε of its upper end, where that is another (clip-higher)")
@@ -137,6 +140,8 @@ class TrainerConfig(SamplingConfig):
         super().__post_init__()
         require("kl_coef", self.kl_coef, self.adaptive_kl_target is None or self.kl_coef > 0,
                 "a number > 0 when it is adaptive")  # fmt: skip
+        require("warmup_iterations", self.warmup_iterations, self.warmup_iterations < self.num_iterations,
+                f"less than num_iterations = {self.num_iterations}")  # fmt: skip
         self.check_whole("batch_size", "samples_per_prompt")
         self.check_whole("batch_size", "minibatch_size")
         self.check_whole("minibatch_size", "gradient_accumulation_steps")
@@ -286,12 +291,8 @@ class ModelConfig:
 
     lora_rank: int = setting(0, at_least(0), "train a LoRA adapter of this rank beside frozen weights; 0: all weights")
     lora_alpha: float | None = setting(None, OPTIONAL, "the adapter counts by this over its rank; off: twice the rank")
-    gradient_checkpointing: bool = setting(
-        False, SWITCH, "keep no activations inside blocks: a third more computing for a fraction of the memory"
-    )
-    weights: str = setting(
-        "float32", one_of("float32", "bf16"), "what frozen weights, those beside an adapter, are held in"
-    )
+    gradient_checkpointing: bool = setting(False, SWITCH, "save memory: compute activations twice, not keep them")
+    weights: str = setting("float32", one_of("float32", "bf16"), "what weights beside an adapter are held in")
 
     def __post_init__(self) -> None:
         check_settings(self)

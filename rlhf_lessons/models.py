@@ -24,13 +24,10 @@ from rlhf_lessons.forward import (  # noqa: F401  callers know them from here
     causal_lm_logits,
     context_of,
     evaluating,
-    mask_arguments,
     one_pass,
     padding_route,
     plain,
     position_arguments,
-    ready_mask,
-    takes,
     takes_ready_masks,
     trunk_of,
 )
@@ -148,11 +145,8 @@ class CausalLMWithValueHead(nn.Module):
         saved_critic = "separate" if (folder / CRITIC_FOLDER).is_dir() else "shared"
         model = cls(load_causal_lm(path), critic=critic or saved_critic)
         if (folder / VALUE_HEAD_FILE).exists() and (critic or saved_critic) == saved_critic:
-            try:
+            with said_in_a_line("a value head", folder / VALUE_HEAD_FILE):
                 model.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
-            except (OSError, RuntimeError, SafetensorError) as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(f"cannot load a value head from {folder / VALUE_HEAD_FILE}: {reason[:300]}") from error
             if model.critic is not None:
                 model.critic = read_checkpoint(type(model.critic), folder / CRITIC_FOLDER)
         return model
@@ -226,9 +220,8 @@ class RewardModel(nn.Module):
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise ValueError(f"lm must be of a family with a sequence classifier; got {type(lm).__name__}")
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
-            classifier = AutoModelForSequenceClassification.from_config(
-                config, dtype=torch.promote_types(lm.dtype, torch.float32)
-            )
+            wide = torch.promote_types(lm.dtype, torch.float32)
+            classifier = AutoModelForSequenceClassification.from_config(config, dtype=wide)
         model = cls(without_dropout(classifier).eval())
         trunk_of(classifier).load_state_dict(dict(merged_weights(trunk_of(lm))))
         head = classifier.score
@@ -272,14 +265,10 @@ def load_causal_lm(path: str | Path) -> nn.Module:
 
 def load_adapter(path: str | Path) -> nn.Module:
     """The language model that a folder's adapter was made for, that adapter in it; raises ValueError without either."""
-    try:
+    with said_in_a_line("an adapter", path), quiet_transformers():
         base = json.loads((Path(path) / ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
         lm = load_causal_lm(base)
-        with quiet_transformers():
-            lm.load_adapter(str(path), is_trainable=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot load an adapter from {str(path)!r}: {reason[:300]}") from error
+        lm.load_adapter(str(path), is_trainable=True)
     return without_dropout(lm)
 
 
@@ -295,25 +284,25 @@ def prepare_policy(
     lm, critic = getattr(policy, "lm", policy), getattr(policy, "critic", None)
     if lora_rank:
         add_lora(lm, rank=lora_rank, alpha=lora_alpha, base=base, seed=seed)
-    if critic is not None and has_adapter(lm):
+    if has_adapter(lm) and critic is not None:
         raise ValueError("critic must be shared beside an adapter, which spares a second trunk; got separate")
-    if weights == "bf16":
-        if not has_adapter(lm):
-            raise ValueError(
-                "weights must be float32 where they are trained themselves (give --lora-rank, or --precision bf16): a "
-                "step is smaller than 16 bits can tell apart; got bf16"
-            )
-        for p in lm.parameters():
-            p.data = p.data if p.requires_grad else p.data.bfloat16()
+    if weights == "bf16" and not has_adapter(lm):
+        raise ValueError("weights must be float32 where they train: a step is less than bf16 tells apart; got bf16")
+    for p in lm.parameters() if weights == "bf16" else ():
+        p.data = p.data if p.requires_grad else p.data.bfloat16()
     for model in (lm, critic) if gradient_checkpointing else ():
-        if model is not None:
-            checkpoint_activations(model)
+        if model is not None:  # each block's activations are computed once more on the way back
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Keep no activations inside a model's blocks when it is trained: each is computed once more on the way back."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+@contextlib.contextmanager
+def said_in_a_line(what: str, path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong when something is read from a checkpoint, as one line (ValueError)."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ValueError(f"cannot load {what} from {str(path)!r}: {' '.join(str(error).split())[:300]}") from error
 
 
 @contextlib.contextmanager
@@ -350,19 +339,15 @@ def read_checkpoint(auto_class: type, path: str | Path, **options: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
+    with said_in_a_line("a model", path), quiet_transformers():
         check_source(path)
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-            for name in ("activation_function", "hidden_act"):
-                if getattr(config, name, None) == "gelu_new":
-                    setattr(config, name, "gelu_pytorch_tanh")
-            loaded = auto_class.from_pretrained(
-                str(path), config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot load a model from {str(path)!r}: {reason[:300]}") from error
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        for name in ("activation_function", "hidden_act"):
+            if getattr(config, name, None) == "gelu_new":
+                setattr(config, name, "gelu_pytorch_tanh")
+        loaded = auto_class.from_pretrained(
+            str(path), config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
+        )
     without_dropout(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
 
@@ -391,16 +376,9 @@ def new_causal_lm(
     Initialised from `seed` without touching the global generator.
     """
     return random_gpt2(
-        seed=seed,
-        vocab_size=len(tokenizer),
-        n_positions=context,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        seed=seed, vocab_size=len(tokenizer), n_positions=context, n_embd=width, n_layer=layers, n_head=heads,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
 
 
 def random_gpt2(*, seed: int, classifier: bool = False, **settings: Any) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lessons.adapters import as_reference, merged_weights
+from rlhf_lessons.adapters import as_reference, has_adapter, merged_weights
 from rlhf_lessons.config import PPOConfig, TrainerConfig, require
 from rlhf_lessons.data import as_record, encode_prompts, pad
 from rlhf_lessons.device import autocast, gather_rows, make_accelerator, share_of
@@ -137,15 +137,11 @@ class Trainer:
     def check_models(self) -> None:
         """Raise ValueError for models that cannot learn, lack ids of the tokenizer, or score unlike they sample."""
         if not any(p.requires_grad for p in self.lm.parameters()):
-            raise ValueError(
-                "policy must have parameters to train in its language model (a frozen adapter is to be loaded with "
-                "is_trainable=True); got none"
-            )
-        for model in (self.policy, self.reference):
-            if model is not None:
-                check_language_model(model, self.tokenizer)
-        with as_reference(self.lm, self.reference):  # what cannot be held to is said now
-            pass
+            advice = "load an adapter with is_trainable=True" if has_adapter(self.lm) else "it is frozen"
+            raise ValueError(f"policy must have parameters to train in its language model; got none: {advice}")
+        check_language_model(self.policy, self.tokenizer)
+        with as_reference(self.lm, self.reference) as held_to:
+            check_language_model(held_to, self.tokenizer)
         if isinstance(self.scorer, ModelScorer):
             check_vocabulary(self.scorer.model, self.tokenizer)
 
@@ -156,9 +152,19 @@ class Trainer:
         return torch.optim.AdamW(parameters, lr=self.config.learning_rate, eps=1e-5, weight_decay=0.0, fused=fused)
 
     def default_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """From `learning_rate` linearly towards 0 at the end of the run, or constant."""
-        total = self.config.num_iterations if self.config.lr_schedule == "linear" else math.inf
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / total)
+        """Up to `learning_rate` in `warmup_iterations` even steps, then `lr_schedule`: to 0 by the end, or level."""
+        warm, total = self.config.warmup_iterations, self.config.num_iterations
+        falls = {
+            "linear": lambda x: 1 - x,
+            "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+            "constant": lambda x: 1,
+        }
+
+        def height(done: int) -> float:
+            after = falls[self.config.lr_schedule]
+            return (done + 1) / (warm + 1) if done < warm else after((done - warm) / (total - warm))
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, height)
 
     @property
     def learning_rate(self) -> float:
