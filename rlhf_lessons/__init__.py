@@ -4,7 +4,7 @@ An import may only go down this list. Importing the package, or any estimator, l
 
     estimators   masking, policy_gradient, baselines, advantages, importance, ppo, preferences, kl
     oracle       exact, gridworld
-    parts        config, checkpoint, device, forward, models, tiny_reviews, tiny_sums, data
+    parts        config, checkpoint, device, forward, adapters, models, tiny_reviews, tiny_sums, data
     flow         generation, likelihood, scoring, rollout, fitting, trainer, group_trainers
     engines      engines: samplers by another engine, imported when asked for
     side         checks, display, plots, record: for the notebooks

@@ -118,7 +118,10 @@ class TrainerConfig(SamplingConfig):
     ppo_epochs: int = setting(4, COUNT, "passes over each batch")
     eval_every: int = setting(10, COUNT, "iterations from one evaluation to the next, where there are prompts for it")
     learning_rate: float = setting(1e-3, POSITIVE, "of AdamW at the start")
-    lr_schedule: str = setting("linear", one_of("linear", "constant"), "linear (to 0 over the run) or constant")
+    lr_schedule: str = setting(
+        "linear", one_of("linear", "constant", "cosine"), "linear or cosine (to 0 over the run), or constant"
+    )
+    warmup_iterations: int = setting(0, at_least(0), "iterations before it, in which the rate climbs to its height")
     max_grad_norm: float = setting(1.0, LIMIT, "gradients are scaled down to this norm")
     clip_eps: float = setting(0.2, LIMIT, "ε of the policy's clip range")
     clip_eps_high: float | None = setting(None, OPTIONAL, "ε of its upper end, where that is another (clip-higher)")
@@ -138,6 +141,8 @@ class TrainerConfig(SamplingConfig):
         super().__post_init__()
         require("kl_coef", self.kl_coef, self.adaptive_kl_target is None or self.kl_coef > 0,
                 "a number > 0 when it is adaptive")  # fmt: skip
+        require("warmup_iterations", self.warmup_iterations, self.warmup_iterations < self.num_iterations,
+                f"less than num_iterations = {self.num_iterations}")  # fmt: skip
         self.check_whole("batch_size", "samples_per_prompt")
         self.check_whole("batch_size", "minibatch_size")
         self.check_whole("minibatch_size", "gradient_accumulation_steps")
@@ -282,15 +287,30 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class ModelConfig:
+    """How a policy is held in memory, and which of its weights are trained."""
+
+    lora_rank: int = setting(0, at_least(0), "train a LoRA adapter of this rank beside frozen weights; 0: all weights")
+    lora_alpha: float | None = setting(None, OPTIONAL, "the adapter counts by this over its rank; off: twice the rank")
+    gradient_checkpointing: bool = setting(False, SWITCH, "save memory: compute activations twice, not keep them")
+    weights: str = setting("float32", one_of("float32", "bf16"), "what weights beside an adapter are held in")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        require("lora_alpha", self.lora_alpha, self.lora_alpha is None or self.lora_rank > 0, "None without lora_rank")
+
+
+@dataclass(frozen=True)
 class Settings:
     """The settings of a whole run."""
 
     pretrain: PretrainConfig = PretrainConfig()
     reward: RewardConfig = RewardConfig()
+    model: ModelConfig = ModelConfig()
     method: SamplingConfig = PPOConfig()
 
     def __post_init__(self) -> None:
-        for item, kind in zip(fields(self), (PretrainConfig, RewardConfig, SamplingConfig), strict=True):
+        for item, kind in zip(fields(self), (PretrainConfig, RewardConfig, ModelConfig, SamplingConfig), strict=True):
             value = getattr(self, item.name)
             require(item.name, value, isinstance(value, kind), f"a {kind.__name__}")
 
@@ -307,7 +327,7 @@ PRESETS = {  # what differs from the defaults
 
 def make_settings(method: str = "ppo", given: Mapping[str, Any] = MappingProxyType({})) -> Settings:
     """The settings of a run by one of METHODS: those in `given` by their names, all others default."""
-    kinds = {"pretrain": PretrainConfig, "reward": RewardConfig, "method": METHODS[method]}
+    kinds = {"pretrain": PretrainConfig, "reward": RewardConfig, "model": ModelConfig, "method": METHODS[method]}
     return Settings(**{
         section: kind(**{item.name: given[item.name] for item in fields(kind) if item.name in given})
         for section, kind in kinds.items()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lessons import tiny_reviews
+from rlhf_lessons.adapters import as_reference
 from rlhf_lessons.checkpoint import Keeper, learnt, load_learnt
 from rlhf_lessons.config import COUNT, POSITIVE
 from rlhf_lessons.data import encode_pair, encode_preferences, encode_prompt, pad
@@ -76,7 +77,7 @@ def fit(
     POSITIVE.check("learning_rate", learning_rate)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [p for p in model.parameters() if p.requires_grad],
         lr=learning_rate,
         betas=(0.9, 0.95),
         weight_decay=weight_decay,
@@ -197,16 +198,16 @@ PREFERENCE_LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss}
 
 
 def fit_dpo(
-    policy: nn.Module, reference: nn.Module, preferences: Sequence[Mapping[str, str]],
+    policy: nn.Module, reference: nn.Module | None, preferences: Sequence[Mapping[str, str]],
     tokenizer: "PreTrainedTokenizerBase", *, beta: float, loss: str = "dpo", epochs: float = 2, batch_size: int = 32,
     learning_rate: float = 5e-4, seed: int = 0, device: str = "auto", precision: str = "no",
     on_step: OnStep | None = None, keeper: Keeper | None = None,
 ) -> list[float]:  # fmt: skip
     """Train a language model on preferences, {"prompt", "chosen", "rejected"}, directly. Returns the losses.
 
-    policy: a plain language model; reference: a model of its own, read once, before the first step; loss: "dpo" or
-    "ipo" of `preferences`. Raises ValueError for no pairs, another loss, beta ≤ 0, a reference that shares parameters
-    with the policy, and what `fit` does.
+    policy: a plain language model; reference: a model of its own, or None: the policy with its adapter off; read once,
+    before the first step; loss: "dpo" or "ipo" of `preferences`. Raises ValueError for no pairs, another loss,
+    beta ≤ 0, a reference that shares parameters with the policy, and what `as_reference` and `fit` do.
     Source: Rafailov et al. 2023, "Direct preference optimization", §4.
     """
     if loss not in PREFERENCE_LOSSES:
@@ -214,11 +215,11 @@ def fit_dpo(
     POSITIVE.check("beta", beta)
     check_separate(policy, reference)
     place = make_accelerator(device).device
-    policy, reference = without_dropout(policy.to(place)), reference.to(place)
+    policy = without_dropout(policy.to(place))
     encode_preferences(tokenizer, preferences, context=context_of(policy))  # what does not fit is said
     pairs = [encode_pair(tokenizer, pair) for pair in preferences]
-    with autocast(place, precision):
-        read = preference_log_probs(reference, preferences, tokenizer, rows=2 * batch_size)
+    with as_reference(policy, reference) as held_to, autocast(place, precision):
+        read = preference_log_probs(held_to.to(place), preferences, tokenizer, rows=2 * batch_size)
     ref_log_probs = torch.stack(read).to(place)
 
     def loss_of(rows: list[int]) -> Tensor:

@@ -28,6 +28,20 @@ _padding_routes: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionar
 _plain_heads: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], bool]] = WeakKeyDictionary()
 
 
+def plain(model: nn.Module) -> nn.Module:
+    """The transformers model in what `peft.get_peft_model` gives, its adapter inside it; any other model as it is.
+
+    Raises ValueError for an adapter that is not in the model's layers but around them (prompt and prefix tuning).
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    inner = model.get_base_model()
+    if not hasattr(inner, "peft_config"):
+        raise ValueError(f"an adapter must be inside the model's layers, as LoRA is; got {type(model).__name__}")
+    inner._hf_peft_config_loaded = True  # so that it saves its adapter, as it does after `add_adapter`
+    return inner
+
+
 class Pass(NamedTuple):
     """What a model says of each kept position of whole texts."""
 
@@ -155,6 +169,7 @@ def one_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, kee
 
     model: with a head, or the trunk alone. Without a gradient to compute it is read in evaluation mode.
     """
+    model = plain(model)  # PEFT's wrapper calls it past its hooks
     own = getattr(model, "module", model)  # what data parallelism wraps
     packed = padding_route(own) == "packed"
     if packed:

@@ -19,6 +19,7 @@ from rlhf_lessons.forward import (
     context_of,
     evaluating,
     padding_route,
+    plain,
     position_arguments,
     takes,
     takes_ready_masks,
@@ -188,7 +189,8 @@ class Reader:
     """
 
     def __init__(self, lm: nn.Module, visible: Tensor) -> None:
-        self.lm, self.visible, self.text = lm, visible, visible.new_zeros(len(visible), 0, dtype=torch.long)
+        self.lm = lm = plain(lm)
+        self.visible, self.text = visible, visible.new_zeros(len(visible), 0, dtype=torch.long)
         self.seen, self.ready_masks = 0, takes_ready_masks(lm)
         cached = padding_route(lm) != "packed" and takes(type(lm), "past_key_values")
         self.cache = new_kv_cache(lm, visible.shape[1]) if cached else None

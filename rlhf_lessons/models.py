@@ -19,16 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf_lessons.adapters import add_lora, has_adapter, merged_weights
 from rlhf_lessons.forward import (  # noqa: F401  callers know them from here
     causal_lm_logits,
     context_of,
     evaluating,
-    mask_arguments,
     one_pass,
     padding_route,
+    plain,
     position_arguments,
-    ready_mask,
-    takes,
     takes_ready_masks,
     trunk_of,
 )
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent / "assets"  # the tiny world's models: base, reward_model, aligned
 VALUE_HEAD_FILE = "value_head.safetensors"  # keys: weight (1, H), bias (1,)
+ADAPTER_FILE = "adapter_config.json"  # of an adapter that PEFT saved
 CRITIC_FOLDER = "critic"  # a separate critic's trunk, itself a Hugging Face checkpoint
 NOISE = re.compile("drop|jitter", re.IGNORECASE)  # in the names of what is only added in training
 
@@ -83,7 +83,7 @@ class CausalLMWithValueHead(nn.Module):
 
     critic="shared": h_t is the policy's own last hidden state, so policy and critic train one trunk;
     critic="separate": h_t comes from a second trunk that starts as a copy. w and b start at 0, so that the first
-    advantages are the rewards alone. Raises ValueError for another `critic`.
+    advantages are the rewards alone. Raises ValueError for another `critic`, or a separate one beside an adapter.
     Source: Ziegler et al. 2019 (shared); Ouyang et al. 2022, §3.5 (separate).
     """
 
@@ -91,6 +91,9 @@ class CausalLMWithValueHead(nn.Module):
         super().__init__()
         if critic not in ("shared", "separate"):
             raise ValueError(f'critic must be "shared" or "separate"; got {critic!r}')
+        lm = plain(lm)
+        if critic == "separate" and has_adapter(lm):
+            raise ValueError('critic must be "shared" beside an adapter, which spares a second trunk; got "separate"')
         head = lm.get_output_embeddings()
         if getattr(head, "weight", None) is None:
             raise ValueError(f"lm must have a language-model head; {type(lm).__name__} has none")
@@ -142,11 +145,8 @@ class CausalLMWithValueHead(nn.Module):
         saved_critic = "separate" if (folder / CRITIC_FOLDER).is_dir() else "shared"
         model = cls(load_causal_lm(path), critic=critic or saved_critic)
         if (folder / VALUE_HEAD_FILE).exists() and (critic or saved_critic) == saved_critic:
-            try:
+            with said_in_a_line("a value head", folder / VALUE_HEAD_FILE):
                 model.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
-            except (OSError, RuntimeError, SafetensorError) as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(f"cannot load a value head from {folder / VALUE_HEAD_FILE}: {reason[:300]}") from error
             if model.critic is not None:
                 model.critic = read_checkpoint(type(model.critic), folder / CRITIC_FOLDER)
         return model
@@ -220,9 +220,10 @@ class RewardModel(nn.Module):
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise ValueError(f"lm must be of a family with a sequence classifier; got {type(lm).__name__}")
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
-            classifier = AutoModelForSequenceClassification.from_config(config, dtype=lm.dtype)
+            wide = torch.promote_types(lm.dtype, torch.float32)
+            classifier = AutoModelForSequenceClassification.from_config(config, dtype=wide)
         model = cls(without_dropout(classifier).eval())
-        trunk_of(classifier).load_state_dict(trunk_of(lm).state_dict())
+        trunk_of(classifier).load_state_dict(dict(merged_weights(trunk_of(lm))))
         head = classifier.score
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1), generator=generator)
@@ -244,11 +245,14 @@ def load_reward_model(path: str | Path) -> RewardModel:
 def load_causal_lm(path: str | Path) -> nn.Module:
     """Load a causal language model from a folder or hub name, ready to train: float32, dropout off.
 
+    A folder that holds an adapter alone gives the model that it names, with that adapter in it, which trains on.
     Raises ValueError when nothing is found there, or what is found has no language-model head.
     """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
+    if (Path(path) / ADAPTER_FILE).is_file():
+        return load_adapter(path)
     lm, report = read_checkpoint(AutoModelForCausalLM, path, output_loading_info=True)
     made_for = " ".join(lm.config.architectures or [])
     has_head = not made_for or "CausalLM" in made_for or "LMHead" in made_for or made_for in FAMILIES.values()
@@ -257,6 +261,48 @@ def load_causal_lm(path: str | Path) -> nn.Module:
             f"{path} must hold a model with a language-model head; got one saved from {made_for or 'another model'}"
         )
     return lm
+
+
+def load_adapter(path: str | Path) -> nn.Module:
+    """The language model that a folder's adapter was made for, that adapter in it; raises ValueError without either."""
+    with said_in_a_line("an adapter", path), quiet_transformers():
+        base = json.loads((Path(path) / ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        lm = load_causal_lm(base)
+        lm.load_adapter(str(path), is_trainable=True)
+    return without_dropout(lm)
+
+
+def prepare_policy(
+    policy: nn.Module, *, lora_rank: int = 0, lora_alpha: float | None = None, gradient_checkpointing: bool = False,
+    weights: str = "float32", base: str | None = None, seed: int = 0,
+) -> None:  # fmt: skip
+    """Make of a policy, in place, what `config.ModelConfig` says. base, seed: those of `add_lora`.
+
+    Raises ValueError for 16-bit weights that are trained themselves, a separate critic beside an adapter, and what
+    `add_lora` does.
+    """
+    lm, critic = getattr(policy, "lm", policy), getattr(policy, "critic", None)
+    if lora_rank:
+        add_lora(lm, rank=lora_rank, alpha=lora_alpha, base=base, seed=seed)
+    if has_adapter(lm) and critic is not None:
+        raise ValueError("critic must be shared beside an adapter, which spares a second trunk; got separate")
+    if weights == "bf16" and not has_adapter(lm):
+        raise ValueError("weights must be float32 where they train: a step is less than bf16 tells apart; got bf16")
+    for p in lm.parameters() if weights == "bf16" else ():
+        p.data = p.data if p.requires_grad else p.data.bfloat16()
+    for model in (lm, critic) if gradient_checkpointing else ():
+        if model is not None:  # each block's activations are computed once more on the way back
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+
+
+@contextlib.contextmanager
+def said_in_a_line(what: str, path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong when something is read from a checkpoint, as one line (ValueError)."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ValueError(f"cannot load {what} from {str(path)!r}: {' '.join(str(error).split())[:300]}") from error
 
 
 @contextlib.contextmanager
@@ -293,19 +339,15 @@ def read_checkpoint(auto_class: type, path: str | Path, **options: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
+    with said_in_a_line("a model", path), quiet_transformers():
         check_source(path)
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-            for name in ("activation_function", "hidden_act"):
-                if getattr(config, name, None) == "gelu_new":
-                    setattr(config, name, "gelu_pytorch_tanh")
-            loaded = auto_class.from_pretrained(
-                str(path), config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot load a model from {str(path)!r}: {reason[:300]}") from error
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        for name in ("activation_function", "hidden_act"):
+            if getattr(config, name, None) == "gelu_new":
+                setattr(config, name, "gelu_pytorch_tanh")
+        loaded = auto_class.from_pretrained(
+            str(path), config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
+        )
     without_dropout(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
 
@@ -334,16 +376,9 @@ def new_causal_lm(
     Initialised from `seed` without touching the global generator.
     """
     return random_gpt2(
-        seed=seed,
-        vocab_size=len(tokenizer),
-        n_positions=context,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        seed=seed, vocab_size=len(tokenizer), n_positions=context, n_embd=width, n_layer=layers, n_head=heads,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
 
 
 def random_gpt2(*, seed: int, classifier: bool = False, **settings: Any) -> nn.Module:
@@ -388,10 +423,18 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
         raise ValueError("tokenizer must not use its EOS token as padding, which hides endings: save another pad_token")
 
 
-def check_separate(policy: nn.Module, reference: nn.Module) -> None:
+def check_separate(policy: nn.Module, reference: nn.Module | None) -> None:
     """Raise ValueError for a reference that shares parameters with the policy, and so would move with it."""
-    if {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}:
+    own, its = ({p.data_ptr() for p in model.parameters()} for model in (policy, reference or nn.Module()))
+    if own & its:
         raise ValueError("reference must be a model of its own; got one that shares parameters with policy")
+
+
+def check_trainable(lm: nn.Module) -> None:
+    """Raise ValueError for a language model of which nothing would be trained."""
+    if not any(p.requires_grad for p in lm.parameters()):
+        advice = "load an adapter with is_trainable=True" if has_adapter(lm) else "it is frozen"
+        raise ValueError(f"policy must have parameters to train in its language model; got none: {advice}")
 
 
 def check_vocabulary(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -407,6 +450,7 @@ def bar_unused_ids(lm: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
 
     In the model's own forward, so that whoever samples from it or scores with it means one distribution.
     """
+    lm = plain(lm)
     barred = torch.ones(lm.get_output_embeddings().weight.shape[0], dtype=torch.bool)
     barred[list(tokenizer.get_vocab().values())] = False
     known = hasattr(lm, "barred_ids")

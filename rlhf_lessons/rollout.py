@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_lessons.adapters import as_reference
 from rlhf_lessons.advantages import gae
 from rlhf_lessons.config import PPOConfig, TrainerConfig
 from rlhf_lessons.data import pad
@@ -116,12 +117,13 @@ def response_values(policy: nn.Module, samples: Samples, config: TrainerConfig) 
 
 @torch.no_grad()
 def collect(
-    lm: nn.Module, reference: nn.Module, scorer: Scorer, input_ids: Tensor, attention_mask: Tensor, *,
+    lm: nn.Module, reference: nn.Module | None, scorer: Scorer, input_ids: Tensor, attention_mask: Tensor, *,
     config: TrainerConfig, sample: Callable[..., Responses] = sample_responses, **options: Any,
 ) -> Rollout:  # fmt: skip
     """The facts of one batch: sampled by the policy's language model, read by the reference, scored.
 
-    input_ids, attention_mask (B, P): prompts, padded on the left; options: the others of `sample_batch`.
+    reference: a model of its own, or None: the policy's with its adapter off (`as_reference`); input_ids,
+    attention_mask (B, P): prompts, padded on the left; options: the others of `sample_batch`.
     """
     samples = sample_batch(
         lm, input_ids, attention_mask, sample=sample, max_new_tokens=config.max_new_tokens,
@@ -136,11 +138,13 @@ def collect(
             raise ValueError(
                 f"sampler's log-probabilities must be within {tolerance} of the policy's own on average; got {distance}"
             )
+    with as_reference(lm, reference) as held_to:
+        ref_log_probs = response_log_probs(held_to, samples, config)
     penalty, mode = config.missing_eos_penalty, config.missing_eos_mode
     return Rollout(
         **vars(samples),
         log_probs=log_probs,
-        ref_log_probs=response_log_probs(reference, samples, config),
+        ref_log_probs=ref_log_probs,
         scores=missing_eos_scores(scorer(samples), samples.ended, penalty=penalty, mode=mode),
     )
 
@@ -203,15 +207,15 @@ def ppo_credit(rollout: Rollout, values: Tensor, *, config: PPOConfig, kl_coef: 
 
 
 def collect_rollout(
-    policy: nn.Module, reference: nn.Module, score: Scorer | Callable[[Tensor, Tensor, Tensor], Tensor],
+    policy: nn.Module, reference: nn.Module | None, score: Scorer | Callable[[Tensor, Tensor, Tensor], Tensor],
     input_ids: Tensor, attention_mask: Tensor, *, config: PPOConfig, kl_coef: float, eos_id: int, pad_id: int,
     generator: torch.Generator | None = None, sample: Callable[..., Responses] = sample_responses,
 ) -> RolloutBatch:  # fmt: skip
     """One batch of PPO's, from prompts to advantages: `collect`, then `ppo_credit`.
 
-    policy: a `CausalLMWithValueHead`; reference: the frozen language model; score: a `Scorer`, or a function (tokens,
-    attention_mask, response_mask) -> (B,); input_ids, attention_mask (B, P): prompts, padded on the left; kl_coef:
-    today's β; sample: `sample_responses`, or the `Sampler` that takes its place.
+    policy: a `CausalLMWithValueHead`; reference: the frozen language model, or None, as in `collect`; score: a
+    `Scorer`, or a function (tokens, attention_mask, response_mask) -> (B,); input_ids, attention_mask (B, P): prompts,
+    padded on the left; kl_coef: today's β; sample: `sample_responses`, or the `Sampler` that takes its place.
     """
 
     def of_tokens(samples: Samples) -> Tensor:

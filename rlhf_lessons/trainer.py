@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lessons.adapters import as_reference, merged_weights
 from rlhf_lessons.checkpoint import learnt, load_learnt
 from rlhf_lessons.config import COUNT, PPOConfig, TrainerConfig, require
 from rlhf_lessons.data import Prompt, as_record, encode_prompts, pad
 from rlhf_lessons.device import autocast, gather_rows, make_accelerator, share_of
 from rlhf_lessons.fitting import check_finite, fit_language_model, fit_reward_model
-from rlhf_lessons.forward import context_of
+from rlhf_lessons.forward import context_of, plain
 from rlhf_lessons.generation import Responses, draw_uniforms, eos_ids, sample_responses
 from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
 from rlhf_lessons.likelihood import TokenTerms, token_terms
 from rlhf_lessons.masking import masked_mean
-from rlhf_lessons.models import check_separate, check_tokenizer, check_vocabulary, without_dropout
+from rlhf_lessons.models import check_separate, check_tokenizer, check_trainable, check_vocabulary, without_dropout
 from rlhf_lessons.ppo import (
     aggregate,
     clip_fraction,
@@ -78,13 +79,14 @@ class Updates:
 class Trainer:
     """On-policy optimisation of a language model against a score, on a leash to a reference.
 
-    policy: a language model, or for PPO a `CausalLMWithValueHead`, trained in place; reference: a language model of its
-    own, frozen here; scorer: a reward model that shares the tokenizer and scores the tokens themselves, a function
-    (prompts, responses) -> (B,) floats of two lists of texts, EOS stripped, or a `Scorer`; prompts: texts, token ids,
-    chats, or records with such a `prompt` and columns for the score, drawn at random for each batch. sampler: what
-    takes the place of `sample_responses`; optimizer: over the policy's parameters, AdamW where none is given;
-    scheduler: of that optimizer, stepped once an iteration, `lr_schedule` where none is given; eval_prompts: what the
-    policy is looked at with between iterations (`evaluate`), each a prompt as the others.
+    policy: a language model, or for PPO a `CausalLMWithValueHead`, trained in place, and of it what needs a gradient;
+    reference: a language model of its own, frozen here, or None: the policy with its adapter switched off
+    (`adapters.as_reference`); scorer: a reward model that shares the tokenizer and scores the tokens themselves, a
+    function (prompts, responses) -> (B,) floats of two lists of texts, EOS stripped, or a `Scorer`; prompts: texts,
+    token ids, chats, or records with such a `prompt` and columns for the score, drawn at random for each batch.
+    sampler: what takes the place of `sample_responses`; optimizer: over the policy's parameters, AdamW where none is
+    given; scheduler: of that optimizer, stepped once an iteration, `lr_schedule` where none is given; eval_prompts:
+    what the policy is looked at with between iterations (`evaluate`), each a prompt as the others.
     Raises ValueError for a config of another method, a reference that shares parameters with the policy, no prompts, a
     prompt too long for the context, a precision that the device lacks, or models that `check_models` refuses.
     """
@@ -92,7 +94,7 @@ class Trainer:
     settings: type[TrainerConfig] = TrainerConfig  # that the method reads
 
     def __init__(
-        self, config: TrainerConfig, policy: nn.Module, reference: nn.Module,
+        self, config: TrainerConfig, policy: nn.Module, reference: nn.Module | None,
         scorer: Scorer | nn.Module | Callable[..., Any], prompts: Sequence[str | Mapping[str, Any]],
         tokenizer: "PreTrainedTokenizerBase", *, sampler: Callable[..., Responses] | None = None,
         optimizer: torch.optim.Optimizer | None = None, scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
@@ -107,7 +109,8 @@ class Trainer:
         for name, parts in pieces.items():
             whole, unit = getattr(config, name), parts * processes
             require(name, whole, whole % unit == 0, f"a multiple of {unit}, {parts} for each of {processes} processes")
-        reference = getattr(reference, "lm", reference)
+        policy, reference = plain(policy), getattr(reference, "lm", reference)
+        check_trainable(getattr(policy, "lm", policy))
         check_separate(policy, reference)
         if scheduler is not None and scheduler.optimizer is not optimizer:
             raise ValueError("scheduler must come with the optimizer that it steers; got another one or none")
@@ -116,7 +119,7 @@ class Trainer:
         self.prompts, self.prompt_ids = [*map(as_record, prompts)], encode_prompts(tokenizer, prompts, **room)
         self.eval_prompts = [*map(as_record, eval_prompts)]
         self.eval_ids = encode_prompts(tokenizer, eval_prompts, **room) if eval_prompts else []
-        self.reference = reference.to(self.device).requires_grad_(False).eval()
+        self.reference = None if reference is None else reference.to(self.device).requires_grad_(False).eval()
         self.scorer = as_scorer(scorer, tokenizer, rows=config.scored_rows)
         if isinstance(self.scorer, ModelScorer):
             self.scorer.model.to(self.device)
@@ -137,24 +140,32 @@ class Trainer:
 
     def check_models(self) -> None:
         """Raise ValueError for models that cannot learn, lack ids of the tokenizer, or score unlike they sample."""
-        if not any(p.requires_grad for p in self.lm.parameters()):
-            raise ValueError("policy must have parameters to train in its language model; got none")
-        for model in (self.policy, self.reference):
-            check_language_model(model, self.tokenizer)
+        check_language_model(self.policy, self.tokenizer)
+        with as_reference(self.lm, self.reference) as held_to:
+            check_language_model(held_to, self.tokenizer)
         if isinstance(self.scorer, ModelScorer):
             check_vocabulary(self.scorer.model, self.tokenizer)
 
     def default_optimizer(self, policy: nn.Module) -> torch.optim.Optimizer:
         """AdamW without weight decay, ε = 1e-5."""
         fused = self.device.type in ("cpu", "cuda")
-        return torch.optim.AdamW(
-            policy.parameters(), lr=self.config.learning_rate, eps=1e-5, weight_decay=0.0, fused=fused
-        )
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        return torch.optim.AdamW(parameters, lr=self.config.learning_rate, eps=1e-5, weight_decay=0.0, fused=fused)
 
     def default_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """From `learning_rate` linearly towards 0 at the end of the run, or constant."""
-        total = self.config.num_iterations if self.config.lr_schedule == "linear" else math.inf
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / total)
+        """Up to `learning_rate` in `warmup_iterations` even steps, then `lr_schedule`: to 0 by the end, or level."""
+        warm, total = self.config.warmup_iterations, self.config.num_iterations
+        falls = {
+            "linear": lambda x: 1 - x,
+            "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+            "constant": lambda x: 1,
+        }
+
+        def height(done: int) -> float:
+            after = falls[self.config.lr_schedule]
+            return (done + 1) / (warm + 1) if done < warm else after((done - warm) / (total - warm))
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, height)
 
     @property
     def learning_rate(self) -> float:
@@ -181,7 +192,7 @@ class Trainer:
         self.kl_controller.update(metrics["kl"], self.config.batch_size)
         self.scheduler.step()
         if hasattr(self.sampler, "update"):
-            self.sampler.update(iter(self.lm.state_dict().items()))
+            self.sampler.update(merged_weights(self.lm))
         self.iteration += 1
         return metrics
 

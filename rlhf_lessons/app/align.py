@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lessons import data, tiny_reviews
+from rlhf_lessons.adapters import as_reference, has_adapter
 from rlhf_lessons.app.inputs import Records
 from rlhf_lessons.app.resume import STEPS, Stage
 from rlhf_lessons.app.run_folder import (
@@ -183,7 +184,8 @@ def optimise_directly(
     history = History(trainer, folder, method="dpo", rows=config.num_iterations, gold=gold)
     history.begin(trainer.collect())
     read, losses = (held_out or pairs)[:NUM_READ], []  # the losses since the last look
-    ref_chosen, ref_rejected = preference_log_probs(trainer.reference, read, trainer.tokenizer)
+    with as_reference(trainer.lm, trainer.reference) as held_to:
+        ref_chosen, ref_rejected = preference_log_probs(held_to, read, trainer.tokenizer)
 
     def on_step(step: int, steps: int, loss: float) -> None:
         losses.append(loss)
@@ -268,30 +270,32 @@ def write_each(parts: Mapping[str, Callable[[], None]]) -> None:
 
 
 def before_and_after(
-    models: dict[str, nn.Module], tokenizer: "PreTrainedTokenizerBase", prompts: Records, scorer: Scorer,
+    models: dict[str, nn.Module | None], tokenizer: "PreTrainedTokenizerBase", prompts: Records, scorer: Scorer,
     config: SamplingConfig, *, gold: bool, count: int = NUM_SHOWN, best_of: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Responses of two models to the same prompts, each with its score, and its gold reward in the tiny world.
 
-    best_of: of how many each side's response is the best, 1 without it. Raises ValueError for no prompts.
+    models: None stands for "after" with its adapter off; best_of: of how many each side's response is the best, 1
+    without it. Raises ValueError for no prompts.
     """
     if not prompts:
         raise ValueError("prompts must hold at least one prompt; got none")
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
     chosen = [prompts[order[i % len(order)]] for i in range(count)]
     shown: list[dict[str, Any]] = [{} for _ in chosen]
-    for side, lm in models.items():
+    for side, model in models.items():
         n = (best_of or {}).get(side, 1)
         each = [prompt for prompt in chosen for _ in range(n)]
-        bar_unused_ids(lm, tokenizer)
-        ids = data.encode_prompts(tokenizer, each, max_new_tokens=config.max_new_tokens, context=context_of(lm))
-        input_ids, mask = data.pad(ids, tokenizer.pad_token_id, side="left")
-        samples = sample_batch(
-            lm, input_ids.to(lm.device), mask.to(lm.device), records=[data.as_record(prompt) for prompt in each],
-            group=(torch.arange(len(each)) // n).to(lm.device), max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature, eos_id=eos_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id,
-            generator=torch.Generator().manual_seed(config.seed),
-        )  # fmt: skip
+        with as_reference(models.get("after"), model) as lm:
+            bar_unused_ids(lm, tokenizer)
+            ids = data.encode_prompts(tokenizer, each, max_new_tokens=config.max_new_tokens, context=context_of(lm))
+            input_ids, mask = data.pad(ids, tokenizer.pad_token_id, side="left")
+            samples = sample_batch(
+                lm, input_ids.to(lm.device), mask.to(lm.device), records=[data.as_record(prompt) for prompt in each],
+                group=(torch.arange(len(each)) // n).to(lm.device), max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature, eos_id=eos_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id,
+                generator=torch.Generator().manual_seed(config.seed),
+            )  # fmt: skip
         with torch.no_grad():
             samples = best_of_n(samples, scorer(samples)) if n > 1 else samples
             numbers = {"score": scorer(samples).tolist()}
@@ -313,9 +317,12 @@ def align(
 ) -> dict[str, Any]:  # fmt: skip
     """A policy, from the base model that it is, by one of `config.METHODS`.
 
-    pairs: to learn from, and held out; options: sampler and eval_prompts of `Trainer`.
+    What is trained by an adapter is its own reference, with that off; best-of-n starts from what it was given. pairs:
+    to learn from, and held out; options: sampler and eval_prompts of `Trainer`.
     """
-    arguments = (policy, copy.deepcopy(getattr(policy, "lm", policy)), score, prompts, tokenizer)
+    lm = getattr(policy, "lm", policy)
+    reference = None if has_adapter(lm) and method != "best-of-n" else copy.deepcopy(lm)
+    arguments = (policy, reference, score, prompts, tokenizer)
     if method in TRAINERS:
         trainer = TRAINERS[method](config, *arguments, **options)
         return optimise(trainer, folder, method=method, gold=gold)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf_lessons import __version__
-from rlhf_lessons.config import METHODS, PRESETS, PretrainConfig, RewardConfig, Settings, make_settings
+from rlhf_lessons.config import METHODS, PRESETS, ModelConfig, PretrainConfig, RewardConfig, Settings, make_settings
 
 EXIT_ERROR = 2
 OPENING_WORDS = 3
@@ -92,16 +92,18 @@ SOURCES = {  # option -> its type, how its value is called, what it is
 
 MACHINE = ("seed", "device", "precision")  # settings of a method that the fits before it share
 USES = {  # command -> the settings that it reads, section by section; None for all of a section's
-    "run": {"pretrain": None, "reward": None, "method": None},
+    "run": {"pretrain": None, "reward": None, "model": None, "method": None},
     "pretrain": {"pretrain": None, "method": MACHINE},
     "reward": {"reward": None, "method": MACHINE},
-    "ppo": {"method": None},
+    "ppo": {"model": None, "method": None},
 }
 CRITICS = ("shared", "separate")
 # DPO learns from pairs itself, whatever it is measured by.
 BOTH = tuple(itertools.product(("preferences", "num_preferences"), ("score", "reward_model")))
-OWN = {"ppo": ("critic", "eval_prompts")} | dict.fromkeys(("rloo", "grpo", "dpo"), ("eval_prompts",))  # no settings
-PRETRAIN, REWARD = (tuple(item.name for item in fields(kind)) for kind in (PretrainConfig, RewardConfig))
+KINDS = {"pretrain": PretrainConfig, "reward": RewardConfig, "model": ModelConfig}
+PRETRAIN, REWARD, MODEL = (tuple(item.name for item in fields(kind)) for kind in KINDS.values())
+# Options of a method that are no settings of it.
+OWN = {"ppo": ("critic", "eval_prompts", *MODEL)} | dict.fromkeys(("rloo", "grpo", "dpo"), ("eval_prompts", *MODEL))
 READ = (  # options, what they need one of, what leaves nobody to read them, why
     (("corpus",), ("preferences", "reward_model", "score"), ("model",),
      "a model is trained on the corpus from scratch, and the tiny world's annotators cannot judge its texts"),
@@ -114,9 +116,11 @@ READ = (  # options, what they need one of, what leaves nobody to read them, why
     (("eval_every",), ("eval_prompts",), (), "they are what is answered then"),
     (("opening_words",), ("corpus",), ("prompts",), "they are those of a corpus's lines"),
     (("prompts",), (), ("prompt",), "both say what is continued"),
+    (("lora_alpha",), ("lora_rank",), (), "it is that adapter's"),
     (("adaptive_kl_horizon",), ("adaptive_kl_target",), (), "without a target β is fixed"),
 )  # fmt: skip
-TITLES = {"pretrain": "a language model trained from scratch", "reward": "the reward model's fit"}
+TITLES = {"pretrain": "a language model trained from scratch", "reward": "the reward model's fit",
+          "model": "the policy's weights"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -144,8 +148,7 @@ def shown(value: Any) -> str:
 
 def add_settings(parser: Parser, section: str, names: tuple[str, ...] | None, methods: tuple[str, ...]) -> None:
     """One option per setting of a section; what stands where none is given is said, by method and by preset."""
-    kinds = {"pretrain": {"": PretrainConfig}, "reward": {"": RewardConfig}}.get(section)
-    kinds = kinds or {method: METHODS[method] for method in methods}
+    kinds = {"": KINDS[section]} if section in KINDS else {method: METHODS[method] for method in methods}
     owners: dict[str, list[str]] = {}
     for owner, kind in kinds.items():
         for item in fields(kind):

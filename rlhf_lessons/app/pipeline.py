@@ -34,7 +34,14 @@ from rlhf_lessons.config import PPOConfig, Settings, require
 from rlhf_lessons.display import fit_progress, say
 from rlhf_lessons.fitting import annotated_preferences, fit_language_model, fit_reward_model
 from rlhf_lessons.forward import context_of
-from rlhf_lessons.models import CausalLMWithValueHead, RewardModel, load_causal_lm, load_reward_model, new_causal_lm
+from rlhf_lessons.models import (
+    CausalLMWithValueHead,
+    RewardModel,
+    load_causal_lm,
+    load_reward_model,
+    new_causal_lm,
+    prepare_policy,
+)
 from rlhf_lessons.scoring import as_scorer, preference_accuracy
 
 if TYPE_CHECKING:
@@ -76,6 +83,7 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
         check_lengths(inputs, base.tokenizer, policy, prompts=asked, max_new_tokens=config.max_new_tokens)
     lm = getattr(policy, "lm", policy)
     say(f"base model: {base.name}, {millions(lm)} parameters, context {context_of(policy)}")
+    prepare_policy(policy, **asdict(settings.model), base=base.name, seed=config.seed)  # and a new adapter adds nothing
     for name in ("prompts", "eval_prompts"):
         warn_of_unknown([x["prompt"] for x in getattr(inputs, name) or ()], base.tokenizer, inputs.given[name])
 
@@ -89,6 +97,8 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
     say(f"{TITLES[method]} learns from {len(pairs[0])} pairs; measured by {named}" if method == "dpo"
         else f"{TITLES[method]} maximises {named}")  # fmt: skip
     if isinstance(score, nn.Module):
+        if settings.model.weights == "bf16":
+            score.bfloat16()
         data.encode_prompts(
             base.tokenizer, asked, max_new_tokens=config.max_new_tokens, context=context_of(score),
             whose="the reward model",
