@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lessons import data, tiny_reviews
+from rlhf_lessons.app.cards import Card
 from rlhf_lessons.app.inputs import Records
 from rlhf_lessons.app.run_folder import RunFolder, draw_run, mean_of_last, samples_table
 from rlhf_lessons.config import BestOfNConfig, DPOConfig, SamplingConfig, TrainerConfig
@@ -95,7 +96,9 @@ def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: 
     history = History(trainer, folder, method=method, rows=trainer.config.num_iterations, gold=gold)
     history.begin(trainer.rollout())  # the policy is still the base model
     trainer.train(history.add)
-    folder.save_models("policy", trainer.policy, trainer.tokenizer)
+    goal = getattr(getattr(trainer.scorer, "function", None), "__name__", "a reward model")
+    card = Card(trainer.lm, trainer.tokenizer, f"{TITLES[method]} against {goal}", asdict(trainer.config))
+    folder.save_models("policy", trainer.policy, trainer.tokenizer, card)
     return history.report(trainer.batch, last=5)
 
 
@@ -141,7 +144,8 @@ def optimise_directly(
         epochs=config.dpo_epochs, batch_size=config.dpo_batch_size, learning_rate=config.dpo_learning_rate,
         seed=config.seed, device=config.device, precision=config.precision, on_step=on_step,
     )  # fmt: skip
-    folder.save_models("policy", trainer.policy, trainer.tokenizer)
+    card = Card(trainer.lm, trainer.tokenizer, f"DPO on {len(pairs)} pairs", asdict(config))
+    folder.save_models("policy", trainer.policy, trainer.tokenizer, card)
     return history.report(trainer.collect(), last=1)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from rlhf_lessons import data, tiny_reviews
 from rlhf_lessons.app.align import TITLES, align, compare
+from rlhf_lessons.app.cards import Card
 from rlhf_lessons.app.inputs import (
     Inputs,
     Model,
@@ -127,7 +128,8 @@ def pretrain(
         learning_rate=config.lm_learning_rate, max_length=config.context, seed=shared.seed, device=shared.device,
         precision=shared.precision, on_step=fit_progress(label="language model"),
     )  # fmt: skip
-    return Model(lm, tokenizer, str(folder.save_models("base_model", lm.cpu(), tokenizer)))
+    card = Card(lm, tokenizer, f"next-token prediction on {len(texts)} texts, from random weights", asdict(config))
+    return Model(lm, tokenizer, str(folder.save_models("base_model", lm.cpu(), tokenizer, card)))
 
 
 def choose_preferences(inputs: Inputs, base: Model, settings: Settings) -> tuple[Records, Records]:
@@ -163,7 +165,8 @@ def fit_reward(
         learning_rate=config.reward_learning_rate, seed=shared.seed, device=shared.device, precision=shared.precision,
         on_step=fit_progress(label="reward model"),
     )  # fmt: skip
-    path = folder.save_models("reward_model", model, tokenizer)
+    card = Card(lm, tokenizer, f"the Bradley–Terry loss on {len(preferences)} pairs", asdict(config), model)
+    path = folder.save_models("reward_model", model, tokenizer, card)
     if held_out:
         accuracy = preference_accuracy(model, held_out, tokenizer)
         folder.write_json("reward_model.json", {"held_out_pairs": len(held_out), "accuracy": round(accuracy, 4)})
