@@ -25,6 +25,7 @@ import torch
 import rlhf_lessons
 from rlhf_lessons import plots, tiny_reviews, tiny_sums
 from rlhf_lessons.app.align import TITLES, TRAINERS
+from rlhf_lessons.app.cards import Card
 from rlhf_lessons.app.run_folder import mean_of_last, read_metrics, summary_table
 from rlhf_lessons.config import METHODS, GRPOConfig, PPOConfig, TrainerConfig
 from rlhf_lessons.data import encode_prompt, pad
@@ -126,6 +127,15 @@ def build_sums_model(folder: Path) -> None:
     with quiet_transformers():
         lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    sums_card(lm).save_pretrained(folder)
+
+
+def sums_card(lm: torch.nn.Module) -> Card:
+    """What that model's README.md says."""
+    texts = ", then ".join(f"{fit['texts']} sums of which {fit['right']:.0%} are right" for fit in SUMS_FITS)
+    rates = " and ".join(f"{fit['learning_rate']:g}" for fit in SUMS_FITS)
+    how = f"next-token prediction on {texts}, from random weights"
+    return Card(lm, tiny_sums.build_tokenizer(), how, SUMS_MODEL | {"learning_rate": rates})
 
 
 def measure_assets(folder: Path) -> dict[str, float]:

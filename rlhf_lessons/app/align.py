@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_lessons import data, tiny_reviews
 from rlhf_lessons.adapters import as_reference, has_adapter
+from rlhf_lessons.app.cards import Card
 from rlhf_lessons.app.inputs import Records
 from rlhf_lessons.app.resume import STEPS, Stage
 from rlhf_lessons.app.run_folder import (
@@ -156,7 +157,9 @@ def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: 
             stage.offer(iteration, trainer.state_dict)
 
         trainer.train(on_step)
-    folder.save_models("policy", trainer.policy, trainer.tokenizer)
+    goal = getattr(getattr(trainer.scorer, "function", None), "__name__", "a reward model")
+    card = Card(trainer.lm, trainer.tokenizer, f"{TITLES[method]} against {goal}", asdict(trainer.config))
+    folder.save_models("policy", trainer.policy, trainer.tokenizer, card)
     return history.report(last=LAST)
 
 
@@ -216,7 +219,8 @@ def optimise_directly(
             epochs=config.dpo_epochs, batch_size=config.dpo_batch_size, learning_rate=config.dpo_learning_rate,
             seed=config.seed, device=config.device, precision=config.precision, on_step=on_step, keeper=stage,
         )  # fmt: skip
-    folder.save_models("policy", trainer.policy, trainer.tokenizer)
+    card = Card(trainer.lm, trainer.tokenizer, f"DPO on {len(pairs)} pairs", asdict(config))
+    folder.save_models("policy", trainer.policy, trainer.tokenizer, card)
     return history.report(last=1)
 
 

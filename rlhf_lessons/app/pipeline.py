@@ -14,6 +14,7 @@ from torch import nn
 
 from rlhf_lessons import data, tiny_reviews
 from rlhf_lessons.app.align import TITLES, align, before_and_after
+from rlhf_lessons.app.cards import Card
 from rlhf_lessons.app.inputs import (
     Inputs,
     Model,
@@ -145,8 +146,9 @@ def pretrain(
             learning_rate=config.lm_learning_rate, max_length=config.context, seed=shared.seed, device=shared.device,
             precision=shared.precision, on_step=fit_progress(label="language model"), keeper=stage,
         )  # fmt: skip
+    card = Card(lm, tokenizer, f"next-token prediction on {len(texts)} texts, from random weights", asdict(config))
     # Read back, so that a run that continues has the very same model.
-    return load_model(load_causal_lm, folder.save_models("base_model", lm.cpu(), tokenizer))
+    return load_model(load_causal_lm, folder.save_models("base_model", lm.cpu(), tokenizer, card))
 
 
 def choose_preferences(inputs: Inputs, base: Model, settings: Settings) -> tuple[Records, Records]:
@@ -185,7 +187,8 @@ def fit_reward(
                 learning_rate=config.reward_learning_rate, seed=shared.seed, device=shared.device,
                 precision=shared.precision, on_step=fit_progress(label="reward model"), keeper=stage,
             )  # fmt: skip
-        folder.save_models("reward_model", model.cpu(), tokenizer)
+        card = Card(lm, tokenizer, f"the Bradley–Terry loss on {len(preferences)} pairs", asdict(config), model.cpu())
+        folder.save_models("reward_model", model, tokenizer, card)
     fitted = load_model(load_reward_model, path)
     if held_out:
         accuracy = preference_accuracy(fitted.network, held_out, tokenizer)
