@@ -10,7 +10,7 @@ from rlhf_lessons.app import align, pipeline
 from rlhf_lessons.app.align import compare, longest_response, optimise
 from rlhf_lessons.app.inputs import ASSETS, Model, choose_score, load_model, resolve
 from rlhf_lessons.app.pipeline import fit_reward, pretrain
-from rlhf_lessons.app.run_folder import RunFolder
+from rlhf_lessons.app.run_folder import RunFolder, read_metrics
 from rlhf_lessons.config import PPOConfig, PretrainConfig, RewardConfig, Settings
 from rlhf_lessons.fitting import annotated_preferences
 from rlhf_lessons.models import context_of, load_causal_lm, load_reward_model
@@ -111,6 +111,16 @@ def test_a_part_of_the_report_that_fails_takes_nothing_with_it(broken, make_trai
     said = [line for line in capsys.readouterr().err.splitlines() if "not written" in line]
     assert said == [f"{part}: not written: KeyError: 'something that nobody thought of'" for part in lost]
     load_causal_lm(tmp_path / "out" / "policy")
+
+
+def test_gold_is_measured_of_the_batch_and_of_the_evaluation_prompts_answers_apart(make_trainer, tmp_path, monkeypatch):
+    """A gold reward that counts the responses it is shown tells which they were."""
+    monkeypatch.setattr(align.tiny_reviews, "gold_reward", lambda asked, texts: torch.ones(len(texts)) * len(texts))
+    trainer = make_trainer(num_iterations=3, eval_prompts=["film", "good"], eval_every=2)
+    summary = optimise(trainer, RunFolder(tmp_path / "out"), gold=True)
+    rows = read_metrics(tmp_path / "out")
+    assert [(row["gold"], row.get("eval_gold")) for row in rows] == [(16, None), (16, 2), (16, 2)]
+    assert [(summary[when]["gold"], summary[when]["eval_gold"]) for when in ("before", "after")] == [(16, 2)] * 2
 
 
 def test_a_summary_that_cannot_be_written_leaves_samples_and_figures(make_trainer, tmp_path, monkeypatch):
