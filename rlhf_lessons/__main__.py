@@ -43,9 +43,9 @@ def run_stage(arguments: argparse.Namespace) -> None:
     try:
         with folder.in_use(), followed as folder.follow:
             if arguments.command == "pretrain":
-                made = pipeline.pretrain(found, settings, folder).name
+                made = Path(pipeline.pretrain(found, settings, folder).name)
             elif arguments.command == "reward":
-                made = pipeline.fit_reward(found, found.model, settings, folder).name
+                made = Path(pipeline.fit_reward(found, found.model, settings, folder).name)
             else:
                 print_summary(folder.path, pipeline.run(found, settings, folder, arguments))
                 made = folder.path
@@ -53,7 +53,8 @@ def run_stage(arguments: argparse.Namespace) -> None:
         if folder.state.exists():
             say(f"\nrun --resume {folder.path} goes on from the last checkpoint")
         raise
-    print(f"\nwritten to {made}")
+    page = made / "report.html"
+    print(f"\nwritten to {made}" + (f"; {page} shows it in a browser" if page.exists() else ""))
 
 
 def threads_of(arguments: argparse.Namespace) -> int | None:

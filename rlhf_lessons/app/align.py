@@ -13,6 +13,7 @@ from rlhf_lessons import data, tiny_reviews
 from rlhf_lessons.adapters import as_reference, has_adapter
 from rlhf_lessons.app.cards import Card
 from rlhf_lessons.app.inputs import Records
+from rlhf_lessons.app.page import report_page
 from rlhf_lessons.app.resume import STEPS, Stage
 from rlhf_lessons.app.run_folder import (
     LAST,
@@ -55,8 +56,9 @@ class History:
 
     def __init__(self, trainer: Trainer, folder: RunFolder, *, method: str, rows: int, gold: bool) -> None:
         self.trainer, self.folder, self.gold, self.rows, self.done = trainer, folder, gold, rows, 0
+        self.title = TITLES[method]
         shown = {"reward": "score", **({"gold": "gold"} if gold else {}), "KL": "kl"}
-        self.show = progress(rows, label=TITLES[method], show=shown)
+        self.show = progress(rows, label=self.title, show=shown)
 
     def gold_of(self, batch: Samples) -> Tensor:
         """The gold reward (B,) of each response."""
@@ -115,7 +117,7 @@ class History:
         return kept
 
     def report(self, *, last: int, n: int = 1) -> dict[str, Any]:
-        """Samples of both models, then from the folder's files pictures and the summary, which is returned.
+        """Samples of both models, then from the folder's files pictures, page and the summary, which is returned.
 
         last: iterations that "after" is the mean of; n: that each answer after is the best of. Raises ValueError at the
         end for parts that could not be made; all others are there then.
@@ -131,9 +133,13 @@ class History:
             folder.write_json("samples.json", rounded(samples))
             folder.write_text("samples.md", samples_table(samples))
 
+        def write_page() -> None:
+            folder.write_text("report.html", report_page(folder.path, summary, title=self.title, last=last))
+
         write_each({
             "samples.md": write_samples,
             "figures": lambda: draw_run(folder, read_metrics(folder.path), *longest_response(folder.path)),
+            "report.html": write_page,
             "summary.json": lambda: folder.write_json("summary.json", summary),  # last: who has it has finished
         })  # fmt: skip
         return summary

@@ -59,9 +59,9 @@ EXAMPLES = {
 }
 
 RUN_FOLDER = """
-The folder that --out names then holds config.json (all settings), metrics.jsonl (a line per iteration), summary.json,
-samples.md (before and after), figures/*.png (reward, KL, and what the method measures) and the models,
-as Hugging Face checkpoints. What a stopped run has written can be read; only a finished one has a summary.json, and
+The folder that --out names then holds report.html (the run to look into, in a browser: its curves, responses token by
+token, before and after, all settings), what that is made of: config.json, metrics.jsonl (a line per iteration),
+rollouts.jsonl, summary.json, samples.md, and figures/*.png; and the models, as Hugging Face checkpoints. What a stopped run has written can be read; only a finished one has a summary.json, and
 `run --resume FOLDER` continues any other, as if it had never stopped.
 """
 
