@@ -61,8 +61,9 @@ EXAMPLES = {
 RUN_FOLDER = """
 The folder that --out names then holds report.html (the run to look into, in a browser: its curves, responses token by
 token, before and after, all settings), what that is made of: config.json, metrics.jsonl (a line per iteration),
-rollouts.jsonl, summary.json, samples.md, and figures/*.png; and the models, as Hugging Face checkpoints. What a stopped run has written can be read; only a finished one has a summary.json, and
-`run --resume FOLDER` continues any other, as if it had never stopped.
+rollouts.jsonl, summary.json, samples.md, and figures/*.png; and the models, as Hugging Face checkpoints. What a stopped
+run has written can be read; only a finished one has a summary.json, and `run --resume FOLDER` continues any other, as
+if it had never stopped.
 """
 
 SOURCES = {  # option -> its type, how its value is called, what it is

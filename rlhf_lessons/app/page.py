@@ -75,8 +75,8 @@ def in_words(config: dict[str, Any]) -> str:
     asked = f"{s.samples_per_prompt} to a prompt" if s.samples_per_prompt > 1 else "each to a prompt of its own"
     price = f"{s.kl_coef:g} for each nat of KL from the reference"
     steered = f", at first, then so that the KL stays near {s.adaptive_kl_target:g}" if s.adaptive_kl_target else ""
-    rate = f"{s.learning_rate:g}" + (", falling to 0" if s.lr_schedule == "linear" else "")
+    rate = f"{s.learning_rate:g}" + (", falling to 0" if s.lr_schedule != "constant" else "")
     return (f"{s.num_iterations} iterations, each of {s.batch_size} responses, {asked}, at temperature "
-            f"{s.temperature:g}. A response earns its score less {price}{steered}. {missing} From each batch the policy "
-            f"takes {steps} steps: {s.ppo_epochs} passes, {s.minibatch_size} responses a step, at a learning rate of "
+            f"{s.temperature:g}. A response earns its score less {price}{steered}. {missing} From each batch the "
+            f"policy takes {steps} steps: {s.ppo_epochs} passes, {s.minibatch_size} responses a step, at a learning rate of "
             f"{rate}.")  # fmt: skip
