@@ -2,13 +2,15 @@
 
 A Llama of the shape of SmolLM2-135M with random weights, 2 responses of 512 tokens after 16 of prompt; each way in a
 process of its own, rounds in turn. Prints seconds, and the peak resident memory beyond weights, gradients and optimiser
-state, with the trunk's activations kept or (gradient checkpointing) computed again. Linux alone tells this.
+state, with the trunk's activations kept or (gradient checkpointing) computed again. Linux alone tells this. With
+--give_back memory goes back to the system as soon as it is freed, so that what is resident is what is in use; slower.
 """
 
 import argparse
 import ctypes
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -115,7 +117,8 @@ def compare(asked: argparse.Namespace) -> None:
         options = [f"--{name}={getattr(asked, name)}" for name in ("threads", "vocabulary", "layers", "ent_coef")]
         options += [f"--way={way}", *(["--checkpointing"] if asked.checkpointing else [])]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        workers[way] = subprocess.Popen([sys.executable, __file__, *options], **pipes)
+        keeps_nothing = {"MALLOC_MMAP_THRESHOLD_": "65536"} if asked.give_back else {}
+        workers[way] = subprocess.Popen([sys.executable, __file__, *options], env=os.environ | keeps_nothing, **pipes)
     found = {way: [] for way in workers}
     for _ in range(asked.rounds):
         for way, worker in workers.items():
@@ -143,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--way", choices=("plain", "head"), help="serve as the measured process")
     parser.add_argument("--checkpointing", action="store_true", help="compute the trunk's activations again")
+    parser.add_argument("--give_back", action="store_true", help="return freed memory at once")
     for name, default in (("threads", 1), ("vocabulary", 152_000), ("layers", 30), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ent_coef", type=float, default=0.0)
