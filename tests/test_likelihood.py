@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_lessons import forward, likelihood
 from rlhf_lessons.config import METHODS as CONFIGS
-from rlhf_lessons.fitting import fit_dpo, fit_language_model
+from rlhf_lessons.data import pad
+from rlhf_lessons.fitting import fit_dpo, fit_language_model, language_model_loss
 from rlhf_lessons.forward import head_of_large
 from rlhf_lessons.group_trainers import GRPOTrainer, RLOOTrainer
 from rlhf_lessons.likelihood import head_log_probs, token_terms
@@ -347,6 +348,19 @@ def test_a_trainer_s_step_is_the_plain_one(method, settings, monkeypatch, read):
     assert (others[1] - gradient).norm() < 1e-5 * gradient.norm()
     for name in metrics.keys() - {"seconds_rollout", "seconds_update"}:
         assert others[2][name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("large", [2**26, 0])
+def test_a_language_model_s_loss_is_the_mean_over_all_tokens_after_the_first(large, monkeypatch):
+    """Each text read by itself, without padding."""
+    monkeypatch.setattr(forward, "LARGE", large)
+    lm, rows = tiny_lm(vocab_size=WIDE), [[1, 6, 4, 2], [1, 5, 7, 7, 3, 2], [1, 2]]
+    said = [
+        lm(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)[i, token] for row in rows
+        for i, token in enumerate(row[1:])
+    ]  # fmt: skip
+    loss = language_model_loss(lm, *pad(rows, 0, side="right"))
+    assert loss.item() == pytest.approx(-torch.stack(said).mean().item(), rel=1e-5)
 
 
 def test_fits_on_texts_and_on_pairs_take_the_same_steps(monkeypatch, read):
