@@ -216,9 +216,8 @@ def head_of_large(lm: nn.Module, positions: int) -> nn.Linear | None:
     over, and for logits that are capped, scaled or cut afterwards, which is tried out once.
     """
     head = lm.get_output_embeddings()
-    if type(head) is not nn.Linear or "forward" in vars(head):
-        return None
-    if positions * len(head.weight) <= max(LARGE, positions * head.in_features):
+    own = type(head) is nn.Linear and "forward" not in vars(head)
+    if not own or positions * len(head.weight) <= max(LARGE, positions * head.in_features):
         return None
     tried, setting = _plain_heads.setdefault(lm, {}), (id(head), *lm._forward_hooks, *head._forward_hooks)
     if setting not in tried:

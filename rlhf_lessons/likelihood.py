@@ -64,10 +64,10 @@ def token_terms(
     the tokens are asked about; entropy_gradient: whether the entropies have one, None where they are not asked for.
     """
     own = getattr(model, "module", model)  # what data parallelism wraps
-    lm, actions, options = getattr(own, "lm", own), tokens[:, -mask.shape[1] :], dict(length=mask.shape[1])
+    lm, actions = getattr(own, "lm", own), tokens[:, -mask.shape[1] :]
     head = head_of_large(lm, mask.numel())
+    options = dict(length=mask.shape[1], temperature=temperature if head is None else 1.0)
     with contextlib.nullcontext() if head is None else in_place_of(head, lambda hidden: hidden):
-        options["temperature"] = temperature if head is None else 1.0
         said = (reference_logits if lm is own else policy_outputs)(model, tokens, attention_mask, **options)
     logits, values = (said, None) if lm is own else said
     if head is None:

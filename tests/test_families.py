@@ -14,7 +14,9 @@ from sampling import EOS, IDS, PAD, generator, repeated, teacher_forced
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlhf_lessons import forward
 from rlhf_lessons.data import pad
+from rlhf_lessons.likelihood import token_terms
 from rlhf_lessons.models import CausalLMWithValueHead, RewardModel, load_reward_model, without_dropout
 from rlhf_lessons.rollout import check_language_model, sample_responses
 
@@ -284,6 +286,22 @@ def test_a_trainer_steps_from_a_ratio_of_one(family, lm, make_trainer):
     trainer = make_trainer(CausalLMWithValueHead(lm), reference, batch_size=8, max_new_tokens=4, ppo_epochs=1)
     metrics = trainer.step()
     assert metrics["first_ratio_error"] < 1e-5 and abs(metrics["kl"]) < 1e-4 and metrics["grad_norm"] > 0
+
+
+@every
+def test_large_logits_say_the_same_without_being_held(family, lm, monkeypatch):
+    """Whether the family's logits are just what a linear head gives, or are capped, scaled or made otherwise."""
+    tokens, mask = pad(ROWS, PAD, side="left")
+    asked, found = mask[:, -4:] & (torch.arange(4) > 0), []
+    for large in (2**26, 0):
+        monkeypatch.setattr(forward, "LARGE", large)
+        lm.zero_grad()
+        terms = token_terms(lm, tokens, mask, asked, temperature=0.7, entropy_gradient=True)
+        torch.where(asked, terms.log_probs + terms.entropies, 0).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in lm.parameters() if p.grad is not None])
+        found.append((terms.log_probs[asked], terms.entropies[asked], gradient))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(y, x, atol=1e-5 * x.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -1072,8 +1072,9 @@ def test_from_language_model_to_aligned_policy(make_lm, make_trainer, make_polic
 
 def small_trainers():
     """PPO and GRPO with much to go wrong: adaptive β, pieces, an early stop, rows that end at different steps."""
-    from conftest import PROMPTS, count_good, tiny_lm, tiny_trainer, word_tokenizer
+    from conftest import PROMPTS, count_good, tiny_lm, tiny_policy, tiny_trainer, word_tokenizer
 
+    from rlhf_lessons import forward
     from rlhf_lessons.config import GRPOConfig
     from rlhf_lessons.group_trainers import GRPOTrainer
 
@@ -1082,6 +1083,10 @@ def small_trainers():
     yield "ppo", tiny_trainer(**shared, normalize_scores=True, adaptive_kl_target=1.0, adaptive_kl_horizon=100)
     config = GRPOConfig(**shared, samples_per_prompt=4, kl_in="loss", kl_kind="k3")
     yield "grpo", GRPOTrainer(config, tiny_lm(), tiny_lm(seed=1), count_good, PROMPTS, word_tokenizer())
+    policy, reference = (tiny_policy(head=0.1, vocab_size=80), tiny_lm(seed=1, vocab_size=80))
+    forward.LARGE = 0  # for who steps before asking for the next: the processes do, what they are held against does not
+    yield "large vocabulary", tiny_trainer(policy, reference, **shared, ent_coef=0.1)
+    forward.LARGE = 2**26
 
 
 def outcome(trainer):
@@ -1151,7 +1156,7 @@ def processes(tmp_path_factory, request):
 
 @pytest.mark.detail(35)
 @pytest.mark.detail(37)
-@pytest.mark.parametrize("method", ["ppo", "grpo"])
+@pytest.mark.parametrize("method", ["ppo", "grpo", "large vocabulary"])
 def test_a_seed_means_one_run_in_any_number_of_processes(processes, method):
     """The same tokens, the same credit for them, the same steps: whitening and groups are over the whole batch."""
     expected = outcome(dict(small_trainers())[method])

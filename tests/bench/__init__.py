@@ -9,4 +9,6 @@ and bench.md. Install the peers with `pip install --no-deps trl==1.12.0` (and `d
     subjects     what is measured; worker: one subject in a process of its own
     tables       measurements as Markdown
     command      starts the workers, takes the rounds, writes the files: imports neither subjects nor worker
+
+`large_vocabulary` is a command of its own: one update with all logits held, and without.
 """
