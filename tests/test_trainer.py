@@ -249,10 +249,19 @@ def test_one_step_of_adam_is_the_formula_with_epsilon_1e_5(make_trainer, make_ba
 
 
 @pytest.mark.detail(27)
-@pytest.mark.parametrize(("schedule", "expected"), [("linear", [1e-3, 7.5e-4, 5e-4, 2.5e-4]), ("constant", [1e-3] * 4)])
-def test_learning_rate_falls_linearly_to_0_or_stays(schedule, expected, make_trainer):
+@pytest.mark.parametrize(
+    ("schedule", "warm", "expected"),
+    [
+        ("linear", 0, [1e-3, 7.5e-4, 5e-4, 2.5e-4]),
+        ("constant", 0, [1e-3] * 4),
+        ("cosine", 0, [1e-3, 5e-4 * (1 + 0.5**0.5), 5e-4, 5e-4 * (1 - 0.5**0.5)]),
+        ("linear", 2, [1e-3 / 3, 2e-3 / 3, 1e-3, 5e-4]),
+        ("constant", 3, [2.5e-4, 5e-4, 7.5e-4, 1e-3]),
+    ],
+)
+def test_learning_rate_climbs_and_then_falls_to_0_or_stays(schedule, warm, expected, make_trainer):
     """lr·(1 − i/N) in iteration i of N, the same for all its minibatches, and what the metrics say."""
-    trainer = make_trainer(lr_schedule=schedule, num_iterations=4)
+    trainer = make_trainer(lr_schedule=schedule, num_iterations=4, warmup_iterations=warm)
     steps = watch_steps(trainer)
     history = trainer.train()
     assert [metrics["learning_rate"] for metrics in history] == pytest.approx(expected)
@@ -843,7 +852,8 @@ def test_one_new_token_trains(make_trainer):
         (dict(kl_coef=-1.0), "kl_coef must be a number >= 0; got -1.0"),
         (dict(target_kl=0.0), "target_kl must be a number > 0, or None; got 0.0"),
         (dict(adaptive_kl_target=6.0, kl_coef=0.0), "kl_coef must be a number > 0 when it is adaptive"),
-        (dict(lr_schedule="cosine"), "lr_schedule must be one of linear, constant; got 'cosine'"),
+        (dict(lr_schedule="steps"), "lr_schedule must be one of linear, constant, cosine; got 'steps'"),
+        (dict(num_iterations=5, warmup_iterations=5), "warmup_iterations must be less than num_iterations = 5; got 5"),
         (dict(missing_eos_mode="clip"), "missing_eos_mode must be one of subtract, replace; got 'clip'"),
         (dict(precision="fp16"), "precision must be one of no, bf16; got 'fp16'"),
         (dict(device="tpu"), "device must be one of auto, cpu, cuda, mps; got 'tpu'"),

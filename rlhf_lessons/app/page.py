@@ -78,5 +78,5 @@ def in_words(config: dict[str, Any]) -> str:
     rate = f"{s.learning_rate:g}" + (", falling to 0" if s.lr_schedule != "constant" else "")
     return (f"{s.num_iterations} iterations, each of {s.batch_size} responses, {asked}, at temperature "
             f"{s.temperature:g}. A response earns its score less {price}{steered}. {missing} From each batch the "
-            f"policy takes {steps} steps: {s.ppo_epochs} passes, {s.minibatch_size} responses a step, at a learning rate of "
-            f"{rate}.")  # fmt: skip
+            f"policy takes {steps} steps: {s.ppo_epochs} passes, {s.minibatch_size} responses a step, at a learning rate "
+            f"of {rate}.")  # fmt: skip
