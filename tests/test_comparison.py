@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from rlhf_lessons.__main__ import main
 from rlhf_lessons.app.comparison import compare
 
@@ -64,7 +62,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         ([a], "FOLDER must name two runs or more, each once; got a"),
         ([a, a], "FOLDER must name two runs or more, each once; got "),
         ([a, tmp_path / "none"], f"{tmp_path / 'none'}: holds no run (No such file or directory)"),
-        ([a, empty], f"{empty}: holds no run (ValueError: metrics.jsonl must hold an iteration; got none)"),
+        ([a, empty], f"{empty}: holds no run (ValueError: rows must hold at least one iteration; got none)"),
         ([a, b, "--out", kept], f"--out must be a new file that ends in .png; got {kept}"),
         ([a, b, "--out", tmp_path / "x.jpg"], "--out must be a new file that ends in .png; got "),
     ):

@@ -4,12 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
-
 from rlhf_lessons import plots
-from rlhf_lessons.app.run_folder import holding_a_run, read_metrics, what_came_of
-
-NUMBERS = ("proxy reward", "gold reward", "KL (nats)")
+from rlhf_lessons.app.run_folder import holding_a_run, mean_of_last, read_metrics, what_came_of
 
 
 def compare(folders: list[Path], out: Path) -> str:
@@ -31,16 +27,15 @@ def compare(folders: list[Path], out: Path) -> str:
             settings.append(flat(config))
             cells.append(what_came_of(folder, config[config.get("method", "ppo")]))
             runs[label] = read_metrics(folder)
-            if not runs[label]:
-                raise ValueError("metrics.jsonl must hold an iteration; got none")
+            mean_of_last(runs[label], "iteration")  # refuses a run of no iteration, which has no curve
     names = dict.fromkeys(name for each in settings for name in each)
     rows = [(name, *(str(each.get(name, "–")) for each in settings)) for name in names]
     rows = [row for row in rows if len({*row[1:]}) > 1]
-    rows += [(name, *(each[i] for each in cells)) for i, name in enumerate(NUMBERS)]
+    rows += [
+        (name, *(each[i] for each in cells)) for i, name in enumerate(("proxy reward", "gold reward", "KL (nats)"))
+    ]
     plots.use_style()
-    figure = plots.training_curves(runs)
-    plots.save(figure, out)
-    plt.close(figure)
+    plots.save(plots.training_curves(runs), out)
     table = [("", *labels), ("---", *["---"] * len(labels)), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table)
 

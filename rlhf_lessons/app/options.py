@@ -54,7 +54,6 @@ EXAMPLES = {
   python -m rlhf_lessons summary runs/*
 """,
     "compare": """\
-  python -m rlhf_lessons compare runs/first runs/no-leash
   python -m rlhf_lessons compare runs/* --out figures/betas.png
 """,
     "progress": """\
@@ -283,10 +282,8 @@ def build_parser() -> Parser:
     comparison = add_command(commands, "compare", "in what runs differ, and what came of it: a table, and their curves")
     comparison.usage = f"{comparison.prog} FOLDER FOLDER [FOLDER ...] [--out FILE]"
     comparison.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="folders of runs, stopped ones too")
-    comparison.add_argument(
-        "--out", type=Path, metavar="FILE", default=Path("comparison.png"),
-        help="new picture (.png) of their curves, one over another (default: comparison.png)",
-    )  # fmt: skip
+    help = "new picture (.png) of their curves, one over another (default: comparison.png)"
+    comparison.add_argument("--out", type=Path, metavar="FILE", default=Path("comparison.png"), help=help)
     solved = add_command(
         commands, "progress", "the exercises and hunts of your copy of the lessons, and which are solved"
     )

@@ -20,10 +20,8 @@ def report_page(folder: Path, summary: dict[str, Any], *, title: str, last: int)
     that a run which was stopped and continued has the page of one that was not.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rows = [
-        {name: value for name, value in row.items() if not name.startswith("seconds_")}
-        for row in read_lines(folder / "metrics.jsonl")
-    ]
+    measured = read_lines(folder / "metrics.jsonl")
+    rows = [{name: row[name] for name in row if not name.startswith("seconds_")} for row in measured]
     names, method = {name for row in rows for name in row} - {"iteration", "n"}, config.get("method", "ppo")
     rollouts, samples = folder / "rollouts.jsonl", folder / "samples.json"
     content = {
@@ -43,12 +41,10 @@ def settings_tables(config: dict[str, Any], method: str) -> list[tuple[str, list
     sources = config.get("sources", {})
     given = {name: Path(source).name for name, source in sources.items() if source and name in SOURCES}
     tables = [("given", [{"name": name, "value": value, "help": SOURCES[name][2]} for name, value in given.items()])]
-    kinds = {method: METHODS[method]}
-    if not {"reward_model", "score"} & given.keys():
-        kinds["reward"] = RewardConfig
-    if "corpus" in given:
-        kinds["pretrain"] = PretrainConfig
-    for section, kind in kinds.items():
+    fits = {"pretrain": (PretrainConfig, "corpus" in given),
+            "reward": (RewardConfig, not {"reward_model", "score"} & given.keys())}  # fmt: skip
+    made = {section: kind for section, (kind, was_made) in fits.items() if was_made}
+    for section, kind in ({method: METHODS[method]} | made).items():
         read = [item for item in fields(kind) if item.name in config.get(section, {})]
         tables.append((TITLES.get(section, "the method"), [
             {"name": item.name, "value": (value := config[section][item.name]), "changed": value != item.default,
