@@ -249,7 +249,7 @@ def test_where_no_response_ended_the_first_is_shown(make_batch, make_trainer, to
     assert longest_response(tmp_path)[0] == tokenizer.convert_ids_to_tokens(batch.responses[0, :3].tolist())
 
 
-@pytest.mark.parametrize(("rows", "kept"), [(1, [1]), (120, [1, *range(3, 121, 3)]), (7, [*range(1, 8)])])
+@pytest.mark.parametrize(("rows", "kept"), [(1, [1]), (121, [1, *range(3, 121, 3), 121]), (7, [*range(1, 8)])])
 def test_responses_are_kept_of_some_fifty_iterations(rows, kept, make_batch, make_trainer, tmp_path):
     """The first and the last among them; in each the first three of the batch, and its longest that ended."""
     batch = make_batch([1, 1, 1, 2, 3])
