@@ -95,6 +95,14 @@ def show_summary(arguments: argparse.Namespace) -> None:
     print(summary_table(arguments.runs))
 
 
+def show_comparison(arguments: argparse.Namespace) -> None:
+    """`compare`: in what runs differ, as a table, and a picture of their curves."""
+    from rlhf_lessons.app.comparison import compare
+
+    print(compare(arguments.runs, arguments.out))
+    print(f"\nwritten to {arguments.out}")
+
+
 def show_progress(arguments: argparse.Namespace) -> None:
     """`progress`: a table of what a learner has solved."""
     from rlhf_lessons.app.progress import progress_table
@@ -133,7 +141,8 @@ def run_command(argv: list[str] | None) -> None:
     try:
         arguments = build_parser().parse_args(argv)
         arguments.words = sys.argv[1:] if argv is None else argv
-        others = {"sample": show_samples, "summary": show_summary, "progress": show_progress}
+        others = {"sample": show_samples, "summary": show_summary, "compare": show_comparison}
+        others |= {"progress": show_progress}
         others.get(arguments.command, run_stage)(arguments)
     finally:
         flush()

@@ -325,11 +325,11 @@ def test_a_report_that_fails_after_the_training_costs_the_exit_code_alone(run, m
     def fail(*arguments, **options):
         raise RuntimeError("own_scores: service unavailable")
 
-    monkeypatch.setattr(align, "compare", fail)
+    monkeypatch.setattr(align, "before_and_after", fail)
     code, _, error = run(*PPO.split(), *FAST, "--out", tmp_path / "out")
     assert code == 2 and "samples.md: not written: RuntimeError: own_scores: service unavailable\n" in error
     assert error.endswith("\nerror: cannot write samples.md; the policy and the rest of the run are written\n")
-    assert {"policy", "figures", "summary.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"policy", "figures", "report.html", "summary.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert run("summary", tmp_path / "out")[0] == 0
 
 
@@ -364,13 +364,17 @@ def test_a_mistake_of_the_program_itself_is_not_hidden(run, monkeypatch):
 # --- Full disks and Ctrl-C --------------------------------------------------------------------------------------------
 
 
+GOING_ON = ["before.json", "checkpoint", "config.json", "metrics.jsonl", "rollouts.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("size", "failing", "kept"),
     [
         (300, "config.json", []),
-        (4000, "metrics.jsonl", ["checkpoint", "config.json", "metrics.jsonl"]),
-        (50_000, "state.safetensors", ["checkpoint", "config.json", "metrics.jsonl"]),
-        (50_000, "policy", ["checkpoint", "config.json", "metrics.jsonl"]),
+        (4000, "metrics.jsonl", GOING_ON),
+        (4000, "rollouts.jsonl", GOING_ON),
+        (50_000, "state.safetensors", GOING_ON),
+        (50_000, "policy", GOING_ON),
     ],
 )
 def test_a_full_disk(size, failing, kept, run, tmp_path):
@@ -380,7 +384,8 @@ def test_a_full_disk(size, failing, kept, run, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         every = 100 if failing == "policy" else 10
-        code, _, error = run(*PPO.split(), *FAST, "--num-iterations", 15, "--checkpoint-every", every, "--out", out)
+        rows = 3000 if failing == "metrics.jsonl" else 15  # of so many, responses are kept too seldom to fill the disk
+        code, _, error = run(*PPO.split(), *FAST, "--num-iterations", rows, "--checkpoint-every", every, "--out", out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     last = error.strip().splitlines()[-1]
@@ -390,6 +395,7 @@ def test_a_full_disk(size, failing, kept, run, tmp_path):
         json.loads((out / "config.json").read_text())
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1)) and rows
+        assert [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
 
 
 def start(*arguments, **options):
@@ -417,7 +423,7 @@ def test_ctrl_c_in_mid_run(run, world, tmp_path):
     assert error.endswith("\nstopped; what was written so far is complete and can be read\n")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1)) and metrics.read_text().endswith("\n")
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "config.json", "metrics.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == GOING_ON
     assert json.loads((out / "config.json").read_text())["ppo"]["num_iterations"] == 100_000
     code, table, _ = run("summary", out)
     assert code == 0 and f"| out | ppo | {BETA:g} | 0 | stopped after {len(rows)} of 100000 iterations |" in table
@@ -865,7 +871,8 @@ def test_stage_by_stage_on_own_data(run, world, tmp_path):
     code, output, said = run("ppo", *models, "--prompts", "prompts.txt", *FAST, "--out", c)
     assert code == 0 and "prompts: 3, from prompts.txt; the first is 'film'" in said
     assert f"PPO maximises the scores of {b / 'reward_model'}" in said
-    assert "proxy reward: " in output and "gold" not in output and f"written to {c}" in output
+    assert "proxy reward: " in output and "gold" not in output
+    assert output.endswith(f"\nwritten to {c}; {c / 'report.html'} shows it in a browser\n")
     lm, tokenizer = check_finished(c)
     ids = lm.generate(**tokenizer("film", return_tensors="pt"), max_new_tokens=4, pad_token_id=tokenizer.pad_token_id)
     assert ids.shape[1] > 1

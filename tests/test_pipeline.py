@@ -2,15 +2,16 @@
 
 import argparse
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from rlhf_lessons.app import align, pipeline
-from rlhf_lessons.app.align import compare, longest_response, optimise
+from rlhf_lessons.app.align import History, before_and_after, optimise
 from rlhf_lessons.app.inputs import ASSETS, Model, choose_score, load_model, resolve
 from rlhf_lessons.app.pipeline import fit_reward, pretrain
-from rlhf_lessons.app.run_folder import RunFolder, read_metrics
+from rlhf_lessons.app.run_folder import RunFolder, longest_response, read_lines, read_metrics
 from rlhf_lessons.config import PPOConfig, PretrainConfig, RewardConfig, Settings
 from rlhf_lessons.fitting import annotated_preferences
 from rlhf_lessons.models import context_of, load_causal_lm, load_reward_model
@@ -91,23 +92,34 @@ def test_annotators_compare_two_answers_of_the_base_model():
 
 # --- The report -------------------------------------------------------------------------------------------------------
 
-PARTS = {"samples.md": "compare", "figures": "draw_run", "summary.json": None}
+PARTS = {"samples.md": "before_and_after", "figures": "draw_run", "report.html": "report_page", "summary.json": None}
+GOING_ON = {"config.json", "before.json", "metrics.jsonl", "rollouts.jsonl", "policy"}  # there before the report
+
+
+def align_in(path, trainer):
+    """A run of a trainer, as a command makes it, and its report."""
+    folder = RunFolder(path)
+    folder.write_config({"ppo": asdict(trainer.config)}, ["ppo"])
+    return optimise(trainer, folder, gold=False)
 
 
 def failing(*arguments, **options):
     raise KeyError("something that nobody thought of")
 
 
-@pytest.mark.parametrize("broken", [["compare"], ["draw_run"], ["compare", "draw_run"]])
+@pytest.mark.parametrize(
+    "broken", [["before_and_after"], ["draw_run"], ["report_page"], ["before_and_after", "draw_run", "report_page"]]
+)
 def test_a_part_of_the_report_that_fails_takes_nothing_with_it(broken, make_trainer, tmp_path, monkeypatch, capsys):
     """The policy is there, and every other part; what failed is said, and the run does not pass for a success."""
     for name in broken:
         monkeypatch.setattr(align, name, failing)
     lost = [part for part, function in PARTS.items() if function in broken]
     with pytest.raises(ValueError, match=f"^cannot write {', '.join(lost)}; the policy and the rest .* are written$"):
-        optimise(make_trainer(num_iterations=2), RunFolder(tmp_path / "out"), gold=False)
+        align_in(tmp_path / "out", make_trainer(num_iterations=2))
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"policy", "metrics.jsonl", *PARTS} - set(lost)
+    samples = set() if "samples.md" in lost else {"samples.json"}  # what samples.md is made of
+    assert written == GOING_ON | samples | set(PARTS) - set(lost)
     said = [line for line in capsys.readouterr().err.splitlines() if "not written" in line]
     assert said == [f"{part}: not written: KeyError: 'something that nobody thought of'" for part in lost]
     load_causal_lm(tmp_path / "out" / "policy")
@@ -124,20 +136,22 @@ def test_gold_is_measured_of_the_batch_and_of_the_evaluation_prompts_answers_apa
 
 
 def test_a_summary_that_cannot_be_written_leaves_samples_and_figures(make_trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr(RunFolder, "write_json", failing)
+    write = RunFolder.write_json
+    fails = {"summary.json": failing}
+    monkeypatch.setattr(RunFolder, "write_json", lambda folder, name, x: fails.get(name, write)(folder, name, x))
     with pytest.raises(ValueError, match="^cannot write summary.json; "):
-        optimise(make_trainer(num_iterations=1), RunFolder(tmp_path / "out"), gold=False)
-    assert {"policy", "samples.md", "figures"} <= {path.name for path in (tmp_path / "out").iterdir()}
+        align_in(tmp_path / "out", make_trainer(num_iterations=1))
+    assert GOING_ON | {"samples.json", *PARTS} - {"summary.json"} == {x.name for x in (tmp_path / "out").iterdir()}
 
 
 def test_an_interruption_is_no_failure_of_a_part(make_trainer, tmp_path, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(align, "compare", interrupt)
+    monkeypatch.setattr(align, "before_and_after", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        optimise(make_trainer(num_iterations=1), RunFolder(tmp_path / "out"), gold=False)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "policy"]
+        align_in(tmp_path / "out", make_trainer(num_iterations=1))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == GOING_ON
 
 
 # --- Samples ----------------------------------------------------------------------------------------------------------
@@ -150,7 +164,7 @@ def length(prompts, responses):
 def test_samples_take_every_prompt_in_turn_and_both_models_the_same(make_lm, tokenizer):
     def sampled(after, score=length, **options):
         models = {"before": make_lm(), "after": after}
-        return compare(models, tokenizer, prompts, as_scorer(score, tokenizer), CPU, **options)
+        return before_and_after(models, tokenizer, prompts, as_scorer(score, tokenizer), CPU, **options)
 
     prompts = ["film", "good", "bad"]
     samples = sampled(make_lm(seed=1), gold=False, count=7)
@@ -174,7 +188,7 @@ def test_a_sample_shows_the_score_of_the_tokens_that_were_sampled(make_lm, make_
     score = choose_score(given, Model(model, own, "reward"), policy_s, device="cpu")
     lm = make_lm(seed=4)
     shown, exact = (
-        compare({"before": lm}, policy_s, ["film"], as_scorer(scorer, policy_s), CPU, gold=False, count=16)
+        before_and_after({"before": lm}, policy_s, ["film"], as_scorer(scorer, policy_s), CPU, gold=False, count=16)
         for scorer in (score, model)
     )
     assert [sample["before"]["text"] for sample in shown] == [sample["before"]["text"] for sample in exact]
@@ -187,15 +201,17 @@ def test_a_sample_shows_the_score_of_the_tokens_that_were_sampled(make_lm, make_
 def test_prompts_of_each_kind_are_shown_as_text(make_lm, make_tokenizer):
     tokenizer = make_tokenizer(chat_template="{{ messages[0].content }} bad")
     prompts = ["film ", [1, 4, 6], [{"role": "user", "content": "good"}]]
-    samples = compare({"before": make_lm()}, tokenizer, prompts, as_scorer(length, tokenizer), CPU, gold=False, count=3)
+    samples = before_and_after(
+        {"before": make_lm()}, tokenizer, prompts, as_scorer(length, tokenizer), CPU, gold=False, count=3
+    )
     assert sorted(sample["prompt"] for sample in samples) == ["film ", "good film", "user: good"]
     system = [{"role": "system", "content": "bad"}, *prompts[2]]
-    (sample,) = compare(
+    (sample,) = before_and_after(
         {"before": make_lm()}, tokenizer, [system], as_scorer(length, tokenizer), CPU, gold=False, count=1
     )
     assert sample["prompt"] == "system: bad / user: good"
     with pytest.raises(ValueError, match="prompts must hold at least one prompt; got none"):
-        compare({"before": make_lm()}, tokenizer, [], as_scorer(length, tokenizer), CPU, gold=False)
+        before_and_after({"before": make_lm()}, tokenizer, [], as_scorer(length, tokenizer), CPU, gold=False)
 
 
 def test_a_sample_ends_where_the_model_says_and_has_no_token_that_the_tokenizer_lacks(make_lm, tokenizer):
@@ -206,7 +222,7 @@ def test_a_sample_ends_where_the_model_says_and_has_no_token_that_the_tokenizer_
             tokens_of.extend(responses)
             return length(prompts, responses)
 
-        compare({"before": lm}, tokenizer, ["film"], as_scorer(score, tokenizer), CPU, gold=False, count=64)
+        before_and_after({"before": lm}, tokenizer, ["film"], as_scorer(score, tokenizer), CPU, gold=False, count=64)
         return tokens
 
     stop = tokenizer.convert_tokens_to_ids("bad")
@@ -219,10 +235,37 @@ def test_a_sample_ends_where_the_model_says_and_has_no_token_that_the_tokenizer_
     assert padded(input_ids=torch.tensor([[1]])).logits[0, -1].isfinite().sum() == len(tokenizer)
 
 
-def test_the_response_shown_token_by_token_is_the_longest_that_ended(make_batch, tokenizer):
-    batch = make_batch([3, 5, 4])
-    object.__setattr__(batch, "ended", torch.tensor([True, False, True]))
-    tokens, per_token = longest_response(batch, tokenizer)
-    assert tokens == tokenizer.convert_ids_to_tokens(batch.responses[2, :4].tolist())
-    assert per_token["value"] == batch.values[2, :4].tolist()
-    assert per_token["kl"] == (batch.log_probs - batch.ref_log_probs)[2, :4].tolist()
+def test_the_response_shown_token_by_token_is_the_longest_that_ended(make_batch, make_trainer, tokenizer, tmp_path):
+    """Of the last iteration that was recorded, wherever it stands in the batch."""
+    batch, history = make_batch([3, 5, 4, 2, 5, 4]), History(
+        make_trainer(), RunFolder(tmp_path), method="ppo", rows=2, gold=False
+    )  # fmt: skip
+    object.__setattr__(batch, "ended", torch.tensor([True, False, True, True, True, True]))
+    history.add(1, {"score": 0.0, "kl": 0.0}, make_batch([6, 6], seed=1))
+    history.add(2, {"score": 0.0, "kl": 0.0}, batch)
+    tokens, per_token = longest_response(tmp_path)
+    assert tokens == tokenizer.convert_ids_to_tokens(batch.responses[4, :5].tolist())
+    assert per_token.keys() == {"reward", "kl", "value", "advantage"}
+    for name, x in (("value", batch.values), ("reward", batch.rewards), ("advantage", batch.advantages),
+                    ("kl", batch.log_probs - batch.ref_log_probs)):  # fmt: skip
+        assert per_token[name] == pytest.approx(x[4, :5].tolist(), abs=6e-7)
+
+
+def test_where_no_response_ended_the_first_is_shown(make_batch, make_trainer, tokenizer, tmp_path):
+    batch = make_batch([3, 5])
+    object.__setattr__(batch, "ended", torch.tensor([False, False]))
+    history = History(make_trainer(), RunFolder(tmp_path), method="ppo", rows=1, gold=False)
+    history.add(1, {"score": 0.0, "kl": 0.0}, batch)
+    assert longest_response(tmp_path)[0] == tokenizer.convert_ids_to_tokens(batch.responses[0, :3].tolist())
+
+
+@pytest.mark.parametrize(("rows", "kept"), [(1, [1]), (121, [1, *range(3, 121, 3), 121]), (7, [*range(1, 8)])])
+def test_responses_are_kept_of_some_fifty_iterations(rows, kept, make_batch, make_trainer, tmp_path):
+    """The first and the last among them; in each the first three of the batch, and its longest that ended."""
+    batch = make_batch([1, 1, 1, 2, 3])
+    history = History(make_trainer(), RunFolder(tmp_path), method="ppo", rows=rows, gold=False)
+    for i in range(1, rows + 1):
+        history.add(i, {"score": 0.0, "kl": 0.0}, batch)
+    recorded = read_lines(tmp_path / "rollouts.jsonl")
+    assert [row["iteration"] for row in recorded] == [i for i in kept for _ in range(4)]
+    assert [len(row["tokens"]) for row in recorded[:4]] == [1, 1, 1, 3]

@@ -53,6 +53,9 @@ EXAMPLES = {
     "summary": """\
   python -m rlhf_lessons summary runs/*
 """,
+    "compare": """\
+  python -m rlhf_lessons compare runs/* --out figures/betas.png
+""",
     "progress": """\
   python -m rlhf_lessons progress
 """,
@@ -60,10 +63,10 @@ EXAMPLES = {
 
 RUN_FOLDER = """
 The folder that --out names then holds report.html (the run to look into, in a browser: its curves, responses token by
-token, before and after, all settings), what that is made of: config.json, metrics.jsonl (a line per iteration),
-rollouts.jsonl, summary.json, samples.md, and figures/*.png; and the models, as Hugging Face checkpoints. What a stopped
-run has written can be read; only a finished one has a summary.json, and `run --resume FOLDER` continues any other, as
-if it had never stopped.
+token, before and after, all settings), what that is made of (config.json, metrics.jsonl with a line per iteration,
+rollouts.jsonl, samples.json), summary.json, samples.md, figures/*.png, and the models, as Hugging Face checkpoints.
+What a stopped run has written can be read; only a finished one has a summary.json, and `run --resume FOLDER` continues
+any other, as if it had never stopped.
 """
 
 SOURCES = {  # option -> its type, how its value is called, what it is
@@ -279,6 +282,11 @@ def build_parser() -> Parser:
     table = add_command(commands, "summary", "runs as a Markdown table, a row each")
     table.usage = f"{table.prog} FOLDER [FOLDER ...]"
     table.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="folders of runs")
+    comparison = add_command(commands, "compare", "in what runs differ, and what came of it: a table, and their curves")
+    comparison.usage = f"{comparison.prog} FOLDER FOLDER [FOLDER ...] [--out FILE]"
+    comparison.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="folders of runs, stopped ones too")
+    help = "new picture (.png) of their curves, one over another (default: comparison.png)"
+    comparison.add_argument("--out", type=Path, metavar="FILE", default=Path("comparison.png"), help=help)
     solved = add_command(
         commands, "progress", "the exercises and hunts of your copy of the lessons, and which are solved"
     )

@@ -256,21 +256,32 @@ def summary_table(folders: list[Path]) -> str:
     lines = ["| run | method | β | seed | proxy reward | gold reward | KL (nats) |",
              "| --- | --- | ---: | ---: | --- | --- | ---: |"]  # fmt: skip
     for folder in map(Path, folders):
-        try:
+        with holding_a_run(folder):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             method = config.get("method", "ppo")
             settings = config[method]
             beta = f"{settings['kl_coef']:g}" if "kl_coef" in settings else "–"
             start = f"| {folder.name} | {method} | {beta} | {settings['seed']} "
-            if not (folder / "summary.json").exists():
-                done, of = len(read_metrics(folder)), settings.get("num_iterations", "its")
-                lines.append(start + f"| stopped after {done} of {of} iterations | – | – |")
-                continue
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-            before, after = with_nan(summary["before"]), with_nan(summary["after"])
-            gold = f"{before['gold']:.2f} → {after['gold']:.2f}" if "gold" in after else "–"
-            lines.append(start + f"| {before['score']:.2f} → {after['score']:.2f} | {gold} | {after['kl']:.1f} |")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"{folder}: holds no run ({reason})") from error
+            lines.append(start + " ".join(f"| {cell}" for cell in what_came_of(folder, settings)) + " |")
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def holding_a_run(folder: Path) -> Iterator[None]:
+    """Read from a run's folder within it. Raises ValueError, naming the folder, where no run can be read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder}: holds no run ({reason})") from error
+
+
+def what_came_of(folder: Path, settings: dict[str, Any]) -> tuple[str, str, str]:
+    """Proxy reward, gold reward and KL of a run as a table shows them; of a stopped one, after how many iterations."""
+    if not (folder / "summary.json").exists():
+        done, of = len(read_metrics(folder)), settings.get("num_iterations", "its")
+        return f"stopped after {done} of {of} iterations", "–", "–"
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    before, after = with_nan(summary["before"]), with_nan(summary["after"])
+    gold = f"{before['gold']:.2f} → {after['gold']:.2f}" if "gold" in after else "–"
+    return f"{before['score']:.2f} → {after['score']:.2f}", gold, f"{after['kl']:.1f}"
