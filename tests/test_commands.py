@@ -216,7 +216,7 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
         (f"{PPO} --weights bf16", "weights must be float32 where they train: a step is less than bf16 tells apart"),
         (f"{PPO} --lora-alpha 4", "give --lora-rank with --lora-alpha: it is that adapter's"),
         (f"{PPO} --lora-rank 2 --critic separate", "critic must be shared beside an adapter, .*; got separate"),
-        ("run --method best-of-n --lora-rank 2", "give --lora-rank with --method ppo or rloo or grpo or dpo: best-of-n"),
+        ("run --method best-of-n --lora-rank 2", "give --lora-rank with --method ppo or rloo or grpo or dpo: best"),
         (f"{PPO} --batch-size 0", "batch_size must be a whole number >= 1; got 0"),
         (f"{PPO} --kl-coef nan", "kl_coef must be a number >= 0; got nan"),
         (f"{RUN} --layers 0", "layers must be a whole number >= 1; got 0"),
