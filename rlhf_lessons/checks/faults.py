@@ -117,8 +117,8 @@ FAULTS = {
             "the optimiser was not given the critic's parameters",
             "an explained variance of exactly 0 to the end, while the score rises all the same",
             Trainer.default_optimizer,
-            "policy.parameters(), lr=self.config.learning_rate, eps=1e-5, weight_decay=0.0, fused=fused",
-            "policy.lm.parameters(), lr=self.config.learning_rate, eps=1e-5, weight_decay=0.0, fused=fused",
+            "[p for p in policy.parameters() if p.requires_grad]",
+            "[p for p in policy.lm.parameters() if p.requires_grad]",
             CriticNotTrained,
         ),
         Fault(
