@@ -27,7 +27,7 @@ import rlhf_lessons
 from rlhf_lessons import __main__ as commands
 from rlhf_lessons.app.options import EXAMPLES, USES, build_parser, check_given
 from rlhf_lessons.app.run_folder import read_metrics
-from rlhf_lessons.config import METHODS, PRESETS, PPOConfig, PretrainConfig, RewardConfig, Settings
+from rlhf_lessons.config import METHODS, PRESETS, ModelConfig, PPOConfig, PretrainConfig, RewardConfig, Settings
 from rlhf_lessons.models import ASSETS
 
 BETA = PPOConfig().kl_coef
@@ -564,7 +564,7 @@ def reads(monkeypatch):
     from rlhf_lessons.app import pipeline
 
     reads = Reads()
-    configs = (PretrainConfig, RewardConfig, *METHODS.values())
+    configs = (PretrainConfig, RewardConfig, ModelConfig, *METHODS.values())
     for kind in (argparse.Namespace, *configs):
         monkeypatch.setattr(kind, "__getattribute__", reads.getter_of(kind))
     for kind in configs:
@@ -624,7 +624,8 @@ def test_a_command_takes_the_options_that_it_reads_and_no_others(name, calls, ru
         code, _, error = run(name, *options, *out)
         assert code == 0, error
     methods = METHODS.values() if name == "run" else [PPOConfig]
-    settings = {field.name for kind in (PretrainConfig, RewardConfig, *methods) for field in fields(kind)}
+    kinds = (PretrainConfig, RewardConfig, ModelConfig, *methods)
+    settings = {field.name for kind in kinds for field in fields(kind)}
     assert reads.names & (listed | settings if name in USES else listed) == listed
 
 
@@ -655,6 +656,8 @@ def test_options_that_are_read_are_not_refused(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ("--method best-of-n --lora-rank 4",
+         "give --lora-rank with --method ppo or rloo or grpo or dpo: best-of-n does not read it"),
         ("--method best-of-n --kl-coef 0",
          "give --kl-coef with --method ppo or rloo or grpo or dpo: best-of-n does not read it"),
         ("--method dpo --corpus corpus.txt --score own_scores:good",
@@ -768,6 +771,40 @@ def test_every_method_leaves_the_same_folder(options, iterations, measured, run,
     assert settings["method"] == method and method in settings and "critic" not in settings
     code, table, _ = run("summary", tmp_path / "out")
     assert code == 0 and f"| out | {method} | " in table
+
+
+ADAPTER = ["--lora-rank", "2", "--gradient-checkpointing", "--weights", "bf16"]
+
+
+@pytest.mark.parametrize("options", [FAST, [*FAST, "--method", "rloo", "--samples-per-prompt", "4"],
+                                     [*FAST, *GROUPS], [*LOOK, *DPO]], ids=["ppo", "rloo", "grpo", "dpo"])  # fmt: skip
+def test_every_method_trains_an_adapter_of_which_no_second_model_is_made(options, run, monkeypatch, tmp_path):
+    """Its folder trains on, and is read beside the base by `sample`; before is the model with its adapter off."""
+    from rlhf_lessons.app import align
+
+    pytest.importorskip("peft")
+    monkeypatch.setattr(align, "copy", SimpleNamespace(deepcopy=None))
+    out, again = tmp_path / "out", tmp_path / "again"
+    code, _, error = run("run", *options, *ADAPTER, *TINY_PAIRS, "--out", out)
+    assert code == 0, error
+    kept = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    kept |= set() if "--method" in options else {"value_head.safetensors"}
+    assert (
+        kept <= {path.name for path in (out / "policy").iterdir()} and not (out / "policy/model.safetensors").exists()
+    )
+    assert json.loads((out / "policy" / "adapter_config.json").read_text())["r"] == 2
+    settings = json.loads((out / "config.json").read_text())
+    assert settings["model"] == dict(lora_rank=2, lora_alpha=None, gradient_checkpointing=True, weights="bf16")
+    samples = (out / "samples.md").read_text()
+    assert samples.count("| before |") == samples.count("| after |") == 8
+    code, table, error = run("sample", "--policy", out / "policy", "--count", "2")
+    assert code == 0 and table.count("| after |") == 2, error
+    code, _, error = run("run", *options, *TINY_PAIRS, "--model", out / "policy", "--out", again)
+    assert code == 0 and (again / "policy" / "adapter_model.safetensors").exists(), error
+    code, _, error = run(
+        "run", *options, *TINY_PAIRS, "--lora-rank", 2, "--model", out / "policy", "--out", again / "x"
+    )
+    assert code == 2 and "lora_rank must be 0 for a model that has an adapter" in error
 
 
 def test_dpo_learns_from_the_pairs_and_is_measured_on_those_held_out(run, monkeypatch, tmp_path):

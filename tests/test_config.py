@@ -14,6 +14,7 @@ from rlhf_lessons.config import (
     BestOfNConfig,
     DPOConfig,
     GRPOConfig,
+    ModelConfig,
     PPOConfig,
     PretrainConfig,
     RewardConfig,
@@ -23,7 +24,8 @@ from rlhf_lessons.config import (
     make_settings,
 )
 
-CONFIGS = (TrainerConfig, PPOConfig, RLOOConfig, GRPOConfig, DPOConfig, BestOfNConfig, PretrainConfig, RewardConfig)
+METHOD_CONFIGS = (TrainerConfig, PPOConfig, RLOOConfig, GRPOConfig, DPOConfig, BestOfNConfig)
+CONFIGS = (*METHOD_CONFIGS, PretrainConfig, RewardConfig, ModelConfig)
 FIELDS = [(config, item) for config in CONFIGS for item in fields(config)]
 WRONG = {  # type of a default -> what a file or a careless caller may put in its place
     int: ["8", "1e3", 8.0, True, None, [8], math.nan, math.inf, np.float32(8), torch.tensor([8]), 1j],
@@ -41,6 +43,8 @@ WRONG = {  # type of a default -> what a file or a careless caller may put in it
         (PretrainConfig, dict(heads=5), "width must be a multiple of heads = 5; got 192"),
         (PretrainConfig, dict(context=1), "context must be a whole number >= 2; got 1"),
         (PretrainConfig, dict(vocab_size=258), "vocab_size must be a whole number >= 259; got 258"),
+        (ModelConfig, dict(lora_rank=-1), "lora_rank must be a whole number >= 0; got -1"),
+        (ModelConfig, dict(lora_alpha=4.0), "lora_alpha must be None without lora_rank; got 4.0"),
         (RewardConfig, dict(num_preferences=2.5), "num_preferences must be a whole number >= 1; got 2.5"),
     ],
 )
@@ -91,7 +95,7 @@ def test_a_scalar_of_another_library_is_the_number_that_it_holds(config, item):
         json.dumps(asdict(made))
 
 
-@pytest.mark.parametrize("section", ["pretrain", "reward", "method"])
+@pytest.mark.parametrize("section", ["pretrain", "reward", "model", "method"])
 def test_a_run_s_settings_are_of_their_kinds(section):
     kind = {"method": "SamplingConfig"}.get(section, type(getattr(Settings(), section)).__name__)
     for wrong in (None, {}, Settings()):
