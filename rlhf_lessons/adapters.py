@@ -82,7 +82,8 @@ def as_reference(lm: nn.Module, reference: nn.Module | None = None) -> Iterator[
 def merged_weights(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A model's weights by the names that they have without an adapter, which is added to them: W + (alpha/rank)·B A.
 
-    Out of place and a layer at a time, for another engine, or a trunk like this one, to load.
+    Out of place and a layer at a time, for another engine, or a trunk like this one, to load. A plain checkpoint is
+    made by PEFT: `PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(merged)`.
     """
     layers = adapter_layers(lm)
     for name, layer in layers.items():

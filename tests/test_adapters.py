@@ -215,6 +215,7 @@ def test_peft_s_wrapper_is_read_as_the_model_inside_it(queries):
             .manual_seed(1))) for lm in (model, inner))  # fmt: skip
     assert torch.equal(a.tokens, b.tokens)
     torch.testing.assert_close(a.log_probs, b.log_probs)
+    assert Reader(model, queries[1].bool()).cache is not None, "its signature hides that too"
     padded = peft.get_peft_model(tiny_lm("llama", vocab_size=40), peft.LoraConfig(r=2, task_type="CAUSAL_LM"))
     assert "<unk>" not in "".join(respond(padded, word_tokenizer(), ["film"] * 64, max_new_tokens=3)).split(">")[5:]
     assert (logits_of(padded)[:, 8:] == -torch.inf).all()

@@ -89,8 +89,9 @@ def test_a_scalar_of_another_library_is_the_number_that_it_holds(config, item):
     """And is kept as Python's, so that it can be written to config.json."""
     default = 0.5 if item.default is None else item.default
     kinds = [np.asarray] if isinstance(default, str) else [np.asarray, np.asarray(default).dtype.type, torch.tensor]
+    needed = {"lora_rank": 1} if item.name == "lora_alpha" else {}
     for kind in kinds:
-        made = config(**{item.name: kind(default)})
+        made = config(**needed | {item.name: kind(default)})
         assert getattr(made, item.name) == pytest.approx(default) and type(getattr(made, item.name)) is type(default)
         json.dumps(asdict(made))
 
