@@ -504,7 +504,7 @@ def test_an_argument_that_is_no_text_is_said_in_a_line(run):
 
 # --- Help -------------------------------------------------------------------------------------------------------------
 
-NAMES = ["run", "pretrain", "reward", "ppo", "sample", "summary"]
+NAMES = ["run", "pretrain", "reward", "ppo", "sample", "summary", "compare"]
 
 
 def test_the_help_says_what_this_is_and_how_to_begin(run):
@@ -612,12 +612,14 @@ EVALUATED = "--eval-prompts prompts.txt".split()  # and without these not how of
         ("ppo", [[*PPO.split()[1:], *FAST, *ADAPTIVE, *EVALUATED]]),
         ("sample", ["--model lm --policy lm --score own_scores:good --prompts prompts.txt --count 2".split()]),
         ("summary", [["finished"]]),
+        ("compare", [["finished", "other", "--out", "both.png"]]),
     ],
 )
 def test_a_command_takes_the_options_that_it_reads_and_no_others(name, calls, run, reads, tmp_path):
     """All of them over these calls, and of the settings none that it does not take."""
     listed = options_of(name)
-    run(*PPO.split(), *FAST, "--out", "finished")  # for the table
+    for finished in ("finished", "other"):  # for the tables
+        run(*PPO.split(), *FAST, "--out", finished)
     reads.names.clear()
     for number, options in enumerate(calls):
         out = ["--out", tmp_path / str(number)] if name in USES else []

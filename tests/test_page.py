@@ -173,7 +173,9 @@ PLAY = """<script>
 const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
 find("iteration").value = 5; find("iteration").dispatchEvent(new Event("input"));
 document.querySelectorAll("[name=response]")[3].click();
-find("tokens").children[0].focus(); press("ArrowRight"); press("ArrowRight"); press("End"); press("ArrowLeft");
+find("tokens").children[0].focus(); press("ArrowRight"); press("ArrowRight");
+document.body.append(make("p", { id: "right" }, String(state.token)));
+press("End"); press("ArrowLeft");
 find("colour").value = "value"; find("colour").dispatchEvent(new Event("change", { bubbles: true }));
 document.body.append(make("p", { id: "address" }, location.hash));
 find("tokens").children[2].dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
@@ -184,6 +186,7 @@ document.querySelectorAll("#panels svg")[0].dispatchEvent(new PointerEvent("poin
 @in_browser
 def test_keys_touch_and_pointer_choose_and_the_address_keeps_it(tmp_path):
     dom = opened(write_page(write_run(tmp_path), more=PLAY))
+    assert dom.texts["id", "right"] == ["3"]
     assert dom.texts["id", "address"] == ["#iteration=5&response=4&token=8&colour=value"]
     chosen = read_lines(tmp_path / "rollouts.jsonl")[3]  # the pointer has chosen iteration 1, and the third token
     assert dom.texts["id", "chosen"] == ["1 of 7"] and dom.texts["id", "token"] == ["the   (3 of 9)"]
