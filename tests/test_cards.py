@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -177,11 +178,17 @@ def test_every_model_that_a_run_writes_has_its_card(make_lm, make_trainer, token
     pretrain(given, Settings(pretrain=sizes, method=CPU), RunFolder(tmp_path / "a"))
     settings = Settings(reward=RewardConfig(reward_batch_size=4), method=CPU)
     fit_reward(given, Model(make_lm(), tokenizer, "lm"), settings, RunFolder(tmp_path / "b"), (PAIRS, ()))
-    optimise(make_trainer(num_iterations=1), RunFolder(tmp_path / "c"), method="rloo", gold=False)
-    trainer = make_trainer()
+    trainer, dpo = (
+        make_trainer(num_iterations=1),
+        DPOConfig(num_iterations=1, batch_size=2, dpo_epochs=0.5, device="cpu"),
+    )
+    made = {"rloo": (RunFolder(tmp_path / "c"), trainer.config), "dpo": (RunFolder(tmp_path / "d"), dpo)}
+    for method, (folder, config) in made.items():
+        folder.write_config({"method": method, method: asdict(config)}, ["run"])
+    optimise(trainer, made["rloo"][0], method="rloo", gold=False)
     optimise_directly(
-        DPOConfig(num_iterations=1, batch_size=2, dpo_epochs=0.5, device="cpu"), make_lm(), make_lm(), trainer.scorer,
-        ["film"], tokenizer, pairs=PAIRS, held_out=[], folder=RunFolder(tmp_path / "d"), gold=False,
+        dpo, make_lm(), make_lm(), make_trainer().scorer, ["film"], tokenizer, pairs=PAIRS, held_out=[],
+        folder=made["dpo"][0], gold=False,
     )  # fmt: skip
     said = {
         "a/base_model": ("next-token prediction on 9 texts, from random weights", "width 16"),

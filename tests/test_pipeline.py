@@ -96,11 +96,11 @@ PARTS = {"samples.md": "before_and_after", "figures": "draw_run", "report.html":
 GOING_ON = {"config.json", "before.json", "metrics.jsonl", "rollouts.jsonl", "policy"}  # there before the report
 
 
-def align_in(path, trainer):
+def align_in(path, trainer, *, gold=False):
     """A run of a trainer, as a command makes it, and its report."""
     folder = RunFolder(path)
     folder.write_config({"ppo": asdict(trainer.config)}, ["ppo"])
-    return optimise(trainer, folder, gold=False)
+    return optimise(trainer, folder, gold=gold)
 
 
 def failing(*arguments, **options):
@@ -129,7 +129,7 @@ def test_gold_is_measured_of_the_batch_and_of_the_evaluation_prompts_answers_apa
     """A gold reward that counts the responses it is shown tells which they were."""
     monkeypatch.setattr(align.tiny_reviews, "gold_reward", lambda asked, texts: torch.ones(len(texts)) * len(texts))
     trainer = make_trainer(num_iterations=3, eval_prompts=["film", "good"], eval_every=2)
-    summary = optimise(trainer, RunFolder(tmp_path / "out"), gold=True)
+    summary = align_in(tmp_path / "out", trainer, gold=True)
     rows = read_metrics(tmp_path / "out")
     assert [(row["gold"], row.get("eval_gold")) for row in rows] == [(16, None), (16, 2), (16, 2)]
     assert [(summary[when]["gold"], summary[when]["eval_gold"]) for when in ("before", "after")] == [(16, 2)] * 2
