@@ -51,6 +51,7 @@ def add_lora(lm: nn.Module, *, rank: int, alpha: float | None = None, base: str 
         lm.add_adapter(config)
     for p in filter(lambda p: p.requires_grad, lm.parameters()):
         p.data = full_precision(p.data)  # a step is smaller than 16 bits can tell apart
+    config.target_modules = sorted(config.target_modules)  # a set is saved in another order by each process
     name = base or lm.name_or_path or None
     config.base_model_name_or_path = os.path.abspath(name) if name and os.path.isdir(name) else name
 
