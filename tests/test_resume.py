@@ -16,6 +16,7 @@ from survive import begin, contents, left_half_written, survive, write_inputs
 from rlhf_lessons import __main__ as commands
 from rlhf_lessons import fitting
 from rlhf_lessons.app import align
+from rlhf_lessons.app.resume import Stage
 from rlhf_lessons.app.run_folder import RunFolder, read_metrics
 
 FEW = "--num-iterations 6 --lm-epochs 1 --reward-epochs 1 --checkpoint-every 2".split()
@@ -251,6 +252,22 @@ def test_a_fit_in_another_thread_leaves_signals_alone(place, tmp_path):
     thread.start()
     thread.join()
     assert codes == [0] and not (out / "checkpoint").exists()
+
+
+def test_another_handler_of_ctrl_c_stays(tmp_path):
+    """A program's own, or none where it is ignored; a stage takes the place of Python's default alone."""
+    stage = Stage(RunFolder(tmp_path), "a fit")
+    for handler in (signal.SIG_IGN, lambda number, frame: None):
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            with stage:
+                assert signal.getsignal(signal.SIGINT) is handler
+            assert signal.getsignal(signal.SIGINT) is handler
+        finally:
+            signal.signal(signal.SIGINT, before)
+    with stage:
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow

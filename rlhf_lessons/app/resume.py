@@ -50,12 +50,15 @@ class Stage(Keeper):
             signal.signal(number, signal.default_int_handler)
             say("\nstopping after this step; once more, and it stops at once")
 
-        if threading.current_thread() is threading.main_thread():
+        # Where another handler is at work, or none, and outside of the main thread, Ctrl-C is not ours.
+        in_main = threading.current_thread() is threading.main_thread()
+        self.ours = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self.ours:
             signal.signal(signal.SIGINT, ask)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if self.ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.asked and error[0] is None:  # in a step that was not to be kept
             raise KeyboardInterrupt
@@ -84,12 +87,11 @@ def original(arguments: argparse.Namespace, parse: Callable[[list[str]], argpars
     config, command = begun(arguments.resume)
     own, unsaid = parse(command), vars(parse(["run"]))
     for name, value in vars(arguments).items():
-        if name not in ("command", "words", "resume", "out") and value not in (
-            unsaid.get(name),
-            getattr(own, name, None),
-        ):
-            option, kept = typed(name), getattr(own, name, None)
-            raise ValueError(f"give --{option} as the run began ({kept}), or not at all, with --resume; got {value}")
+        kept = getattr(own, name, None)
+        if name not in ("command", "words", "resume", "out") and value not in (unsaid.get(name), kept):
+            raise ValueError(
+                f"give --{typed(name)} as the run began ({kept}), or not at all, with --resume; got {value}"
+            )
     own.resume, own.out, own.threads = arguments.resume, arguments.resume, config.get("threads")
     return own
 
