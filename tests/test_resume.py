@@ -30,6 +30,14 @@ METHODS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_pythons():
+    """What starts the tests may ignore SIGINT, a shell's background job for one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
