@@ -152,16 +152,18 @@ def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: 
     end for parts of the report that could not be made; policy and metrics are there then, and all other parts.
     """
     history = History(trainer, folder, method=method, rows=trainer.config.num_iterations, gold=gold)
-    history.begin(trainer.rollout())  # the policy is still the base model
-    with Stage(folder, method) as stage:
-        if kept := stage.load():
-            trainer.load_state_dict(kept)
-        history.go_on_after(trainer.iteration)
+    stage = Stage(folder, method)
+    if kept := stage.load():
+        trainer.load_state_dict(kept)
+    else:
+        history.begin(trainer.rollout())  # the policy is still the base model
+    history.go_on_after(trainer.iteration)
 
-        def on_step(iteration: int, metrics: dict[str, float], batch: Rollout) -> None:
-            history.add(iteration, metrics, batch)
-            stage.offer(iteration, trainer.state_dict)
+    def on_step(iteration: int, metrics: dict[str, float], batch: Rollout) -> None:
+        history.add(iteration, metrics, batch)
+        stage.offer(iteration, trainer.state_dict)
 
+    with stage:
         trainer.train(on_step)
     goal = getattr(getattr(trainer.scorer, "function", None), "__name__", "a reward model")
     card = Card(trainer.lm, trainer.tokenizer, f"{TITLES[method]} against {goal}", asdict(trainer.config))
@@ -191,7 +193,6 @@ def optimise_directly(
     """
     trainer = looking(config, policy, *arguments, prompts=config.batch_size, **options)
     history = History(trainer, folder, method="dpo", rows=config.num_iterations, gold=gold)
-    history.begin(trainer.collect())
     read, losses = (held_out or pairs)[:NUM_READ], []  # the losses since the last look
     with as_reference(trainer.lm, trainer.reference) as held_to:
         ref_chosen, ref_rejected = preference_log_probs(held_to, read, trainer.tokenizer)
@@ -215,11 +216,14 @@ def optimise_directly(
     def beside() -> dict[str, Any]:
         return {"generator": trainer.generator.get_state(), "since_look": losses, "looks": history.done}
 
-    with Stage(folder, "dpo", each=STEPS, beside=beside) as stage:
-        kept = stage.load() or beside()
+    stage = Stage(folder, "dpo", each=STEPS, beside=beside)
+    if kept := stage.load():
         trainer.generator.set_state(kept["generator"])
         losses += kept["since_look"]
-        history.go_on_after(kept["looks"])
+    else:
+        history.begin(trainer.collect())
+    history.go_on_after(kept["looks"] if kept else 0)
+    with stage:
         fit_dpo(
             trainer.lm, trainer.reference, pairs, trainer.tokenizer, beta=config.kl_coef, loss=config.dpo_loss,
             epochs=config.dpo_epochs, batch_size=config.dpo_batch_size, learning_rate=config.dpo_learning_rate,
@@ -243,14 +247,15 @@ def choose_among(
     trainer = looking(config, policy, *arguments, each=config.n, prompts=at_once, **options)
     sizes = [2**power for power in range(config.n.bit_length()) if 2**power < config.n] + [config.n]
     history = History(trainer, folder, method="best-of-n", rows=len(sizes), gold=gold)
-    rounds, rollout = config.batch_size // at_once, trainer.collect()
-    history.begin(rollout)
+    rounds = config.batch_size // at_once
     with Stage(folder, "best-of-n") as stage:
         known = stage.load() or {"values": {}, "generator": trainer.generator.get_state(), "rounds": 0}
         trainer.generator.set_state(known["generator"])
         history.go_on_after(0)
         for number in range(known["rounds"], rounds):
-            rollout = trainer.collect() if number > 0 else rollout
+            rollout = trainer.collect()
+            if number == 0:
+                history.begin(rollout)
             found = {"score": rollout.scores, "response_length": rollout.response_mask.sum(dim=1).float()}
             found |= {"ended": rollout.ended.float(), **({"gold": history.gold_of(rollout)} if gold else {})}
             for name, values in found.items():

@@ -190,11 +190,11 @@ def fit_reward(
         card = Card(lm, tokenizer, f"the Bradley–Terry loss on {len(preferences)} pairs", asdict(config), model.cpu())
         folder.save_models("reward_model", model, tokenizer, card)
     fitted = load_model(load_reward_model, path)
-    if held_out:
+    if held_out and not (folder.path / "reward_model.json").exists():
         accuracy = preference_accuracy(fitted.network, held_out, tokenizer)
         folder.write_json("reward_model.json", {"held_out_pairs": len(held_out), "accuracy": round(accuracy, 4)})
         say(f"reward model: right on {accuracy:.1%} of {len(held_out)} held-out pairs")
-    else:
+    elif not held_out:
         say("reward model: not measured, since there are no --eval-preferences")
     return fitted
 
