@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -107,6 +107,11 @@ class CausalLMWithValueHead(nn.Module):
         """The language model's configuration."""
         return self.lm.config
 
+    @property
+    def _no_split_modules(self) -> list[str] | None:
+        """The classes of the language model's blocks, which FSDP shards one by one."""
+        return self.lm._no_split_modules
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *, logits_to_keep: int = 0) -> LogitsAndValues:
         """Logits (B, K, V) and values (B, K) of the last K = logits_to_keep positions, or of all (0).
 
@@ -122,17 +127,21 @@ class CausalLMWithValueHead(nn.Module):
         trunk = trunk_of(self.lm) if self.critic is None else self.critic
         return self.value_head(one_pass(trunk, input_ids, attention_mask, keep=keep).hidden)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the policy as a plain Hugging Face checkpoint, the value head and a separate critic beside it."""
-        folder = Path(folder)
+    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write the policy as a plain Hugging Face checkpoint, the value head and a separate critic beside it.
+
+        state_dict: its weights, where they are not in the model itself.
+        """
+        folder, state = Path(folder), self.state_dict() if state_dict is None else state_dict
+
+        def of(part: str) -> dict[str, Tensor]:
+            return {name.removeprefix(part): x for name, x in state.items() if name.startswith(part)}
+
         with quiet_transformers():
-            self.lm.save_pretrained(folder)
+            self.lm.save_pretrained(folder, state_dict=of("lm."))
             if self.critic is not None:
-                self.critic.save_pretrained(folder / CRITIC_FOLDER)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()},
-            folder / VALUE_HEAD_FILE,
-        )
+                self.critic.save_pretrained(folder / CRITIC_FOLDER, state_dict=of("critic."))
+        save_file({name: x.contiguous() for name, x in of("value_head.").items()}, folder / VALUE_HEAD_FILE)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, critic: str | None = None) -> "CausalLMWithValueHead":
