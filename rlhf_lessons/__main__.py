@@ -4,8 +4,10 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 """
 
 import argparse
+import contextlib
 import os
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from rlhf_lessons.app.options import EXIT_ERROR, build_parser, check_given, settings_from
 
 EXIT_INTERRUPTED = 130
+PATIENCE = 5.0  # seconds until what went wrong in one of several processes is said by that one
 EXIT_UNREAD = 141  # as of a program that the system ends because nobody reads what it prints
 
 
@@ -21,7 +24,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
     from rlhf_lessons.app import inputs, pipeline, resume
     from rlhf_lessons.app.run_folder import RunFolder
     from rlhf_lessons.app.trackers import tracked
-    from rlhf_lessons.device import keep_freed_memory, use_threads
+    from rlhf_lessons.device import end_processes, keep_freed_memory, make_accelerator, process, told, use_threads
     from rlhf_lessons.display import say
 
     going_on = getattr(arguments, "resume", None)
@@ -30,7 +33,9 @@ def run_stage(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     use_threads(threads_of(arguments))
     settings = settings_from(arguments)
-    out = arguments.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    if process()[1] > 1:
+        make_accelerator(settings.method.device)  # from here on the processes know of each other
+    out = told(arguments.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))[0]
     folder = RunFolder(out, new=not going_on, every=arguments.checkpoint_every)
     say(f"run folder: {folder.path}")
     found = inputs.resolve(arguments)
@@ -39,7 +44,9 @@ def run_stage(arguments: argparse.Namespace) -> None:
         resume.check_unchanged(folder.path, described)
     else:
         folder.write_config(described, arguments.words)
-    followed = tracked({*(getattr(arguments, "log_with", None) or ())}, folder.path, device=settings.method.device)
+    names = {*(getattr(arguments, "log_with", None) or ())}
+    alone = contextlib.nullcontext(folder.follow)
+    followed = tracked(names, folder.path, device=settings.method.device) if folder.first else alone
     try:
         with folder.in_use(), followed as folder.follow:
             if arguments.command == "pretrain":
@@ -47,12 +54,14 @@ def run_stage(arguments: argparse.Namespace) -> None:
             elif arguments.command == "reward":
                 made = Path(pipeline.fit_reward(found, found.model, settings, folder).name)
             else:
-                print_summary(folder.path, pipeline.run(found, settings, folder, arguments))
-                made = folder.path
+                summary, made = pipeline.run(found, settings, folder, arguments), folder.path
+                if folder.first:
+                    print_summary(made, summary)
     except BaseException:
         if folder.state.exists():
             say(f"\nrun --resume {folder.path} goes on from the last checkpoint")
         raise
+    end_processes()
     page = made / "report.html"
     print(f"\nwritten to {made}" + (f"; {page} shows it in a browser" if page.exists() else ""))
 
@@ -136,6 +145,26 @@ def print_anywhere() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def silenced() -> bool:
+    """Let the first alone of several processes speak (and what is no stage, act). Whether this is another one."""
+    if os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ:
+        return False
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    return True
+
+
+def leave_the_word(error: BaseException) -> None:
+    """Before an error is said: wait, in all processes but the one that it began in, for the launcher to end them.
+
+    The first says at once what all run into. What befalls another one alone is said by that one, a little later, and
+    the others, who then miss it, say nothing of that.
+    """
+    gone = "Connection closed by peer" in str(error) or type(error).__name__ == "DistNetworkError"
+    if silenced() or gone:
+        time.sleep(PATIENCE if not gone else 2 * PATIENCE)
+        sys.stderr = sys.__stderr__
+
+
 def run_command(argv: list[str] | None) -> None:
     """Run a command, and hand over all that was printed, a help text too."""
     try:
@@ -143,7 +172,8 @@ def run_command(argv: list[str] | None) -> None:
         arguments.words = sys.argv[1:] if argv is None else argv
         others = {"sample": show_samples, "summary": show_summary, "compare": show_comparison}
         others |= {"progress": show_progress}
-        others.get(arguments.command, run_stage)(arguments)
+        if arguments.command not in others or not silenced():
+            others.get(arguments.command, run_stage)(arguments)
     finally:
         flush()
 
@@ -151,6 +181,7 @@ def run_command(argv: list[str] | None) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns 0, or 2 after one line on what was wrong, 130 when interrupted, 141 when nobody reads."""
     print_anywhere()
+    silenced()
     try:
         run_command(argv)
     except BrokenPipeError:
@@ -159,7 +190,12 @@ def main(argv: list[str] | None = None) -> int:
         exec("")  # Python forgets an interruption inside such a call only at the next one, else it ends by a signal
         print("\nstopped; what was written so far is complete and can be read", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except SystemExit as error:  # argparse's, which has spoken
+        if error.code:
+            leave_the_word(error)
+        raise
     except Exception as error:
+        leave_the_word(error)
         message = explain(error)
         if message is None:
             raise

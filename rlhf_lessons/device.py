@@ -6,6 +6,7 @@ accelerate's configuration asks for, its share of every weight (`gathered` has a
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -56,13 +57,16 @@ def make_accelerator(device: str = "auto", **options: Any) -> "Accelerator":
 
     wanted, shards = check_device(device), sharded()
     if shards:
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # returns a view: of logits, which nobody writes over
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else transformers loads the first process's alone
     state = AcceleratorState._shared_state | PartialState._shared_state
     settled = not state or (state["device"].type == wanted and state.get("_mixed_precision", "no") == "no")
     if not settled and not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one device for the whole process
     accelerator = Accelerator(cpu=wanted == "cpu", mixed_precision="no", **options)
-    if shards and accelerator.distributed_type is DistributedType.MULTI_CPU:  # PyTorch shards there, accelerate asks not
+    if (
+        shards and accelerator.distributed_type is DistributedType.MULTI_CPU
+    ):  # PyTorch shards there, accelerate asks not
         plugin = FullyShardedDataParallelPlugin()
         AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
     return accelerator

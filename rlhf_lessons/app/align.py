@@ -1,6 +1,7 @@
 """From a base model and a score to what a method makes of them, and the report: the same folder whatever the method."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -26,7 +27,7 @@ from rlhf_lessons.app.run_folder import (
     summarise,
 )
 from rlhf_lessons.config import BestOfNConfig, DPOConfig, SamplingConfig, TrainerConfig
-from rlhf_lessons.device import autocast
+from rlhf_lessons.device import gathered, sharded, whole
 from rlhf_lessons.display import progress, say
 from rlhf_lessons.fitting import fit_dpo, preference_log_probs
 from rlhf_lessons.forward import context_of
@@ -104,7 +105,7 @@ class History:
         of_method = [name for name in ("value", "advantage", "reward") if hasattr(few, f"{name}s")]
         known |= {name: getattr(few, f"{name}s") for name in of_method}
         if isinstance(few, Credited):
-            with torch.no_grad(), autocast(trainer.device, trainer.config.precision):
+            with torch.no_grad(), trainer.reading():
                 known["ratio"] = importance_ratio(response_log_probs(trainer.lm, few, trainer.config), few.log_probs)
         of_text = {"score": few.scores, **({"gold": self.gold_of(few)} if self.gold else {}), "ended": few.ended}
         kept = []
@@ -122,20 +123,25 @@ class History:
         last: iterations that "after" is the mean of; n: that each answer after is the best of. Raises ValueError at the
         end for parts that could not be made; all others are there then.
         """
-        trainer, folder, summary = self.trainer, self.folder, summarise(self.folder.path, last=last)
+        trainer, folder = self.trainer, self.folder
 
         def write_samples() -> None:
             models = {"before": trainer.reference, "after": trainer.lm}
-            samples = before_and_after(
-                models, trainer.tokenizer, trainer.prompts, trainer.scorer, trainer.config, gold=self.gold,
-                best_of={"after": n},
-            )  # fmt: skip
+            with gathered(trainer.accelerator, trainer.model):
+                samples = before_and_after(
+                    models, trainer.tokenizer, trainer.prompts, trainer.scorer, trainer.config, gold=self.gold,
+                    best_of={"after": n},
+                )  # fmt: skip
             folder.write_json("samples.json", rounded(samples))
             folder.write_text("samples.md", samples_table(samples))
 
         def write_page() -> None:
             folder.write_text("report.html", report_page(folder.path, summary, title=self.title, last=last))
 
+        if not folder.first:  # it only helps to sample
+            write_samples()
+            return {}
+        summary = summarise(folder.path, last=last)
         write_each({
             "samples.md": write_samples,
             "figures": lambda: draw_run(folder, read_metrics(folder.path), *longest_response(folder.path)),
@@ -161,13 +167,15 @@ def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: 
 
     def on_step(iteration: int, metrics: dict[str, float], batch: Rollout) -> None:
         history.add(iteration, metrics, batch)
-        stage.offer(iteration, trainer.state_dict)
+        stage.offer(iteration, functools.partial(trainer.state_dict, copied=False))
 
     with stage:
         trainer.train(on_step)
     goal = getattr(getattr(trainer.scorer, "function", None), "__name__", "a reward model")
     card = Card(trainer.lm, trainer.tokenizer, f"{TITLES[method]} against {goal}", asdict(trainer.config))
-    folder.save_models("policy", trainer.policy, trainer.tokenizer, card)
+    weights = {"state_dict": whole(trainer.policy.state_dict(keep_vars=True))} if sharded() else {}
+    with gathered(trainer.accelerator, trainer.model):  # the card asks the policy
+        folder.save_models("policy", trainer.policy, trainer.tokenizer, card, **weights)
     return history.report(last=LAST)
 
 
