@@ -124,6 +124,8 @@ def explain(error: Exception) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return "out of memory: try a smaller --minibatch-size, or more --gradient-accumulation-steps"
+    if missed_another(error):
+        return "another process of this run has ended"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return text if isinstance(error, (ValueError, FloatingPointError, OSError)) else None
@@ -145,24 +147,24 @@ def print_anywhere() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def silenced() -> bool:
-    """Let the first alone of several processes speak (and what is no stage, act). Whether this is another one."""
-    if os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ:
-        return False
-    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    return True
+def one_of_the_others() -> bool:
+    """Whether a launcher started several processes and this is not the first, which alone speaks."""
+    return "LOCAL_RANK" in os.environ and os.environ["RANK"] != "0"
 
 
-def leave_the_word(error: BaseException) -> None:
-    """Before an error is said: wait, in all processes but the one that it began in, for the launcher to end them.
+def wait_for_the_launcher(error: BaseException) -> None:
+    """Of several processes: leave it to the one in which an error began to say so; their launcher then ends all.
 
-    The first says at once what all run into. What befalls another one alone is said by that one, a little later, and
-    the others, who then miss it, say nothing of that.
+    The first says at once what befalls all; another says later what befell itself alone, and nobody that it is missed.
     """
-    gone = "Connection closed by peer" in str(error) or type(error).__name__ == "DistNetworkError"
-    if silenced() or gone:
-        time.sleep(PATIENCE if not gone else 2 * PATIENCE)
+    if one_of_the_others() or missed_another(error):
+        time.sleep(2 * PATIENCE if missed_another(error) else PATIENCE)
         sys.stderr = sys.__stderr__
+
+
+def missed_another(error: BaseException) -> bool:
+    """Whether an error says that another process has ended."""
+    return isinstance(error, RuntimeError) and "Connection closed by peer" in str(error)
 
 
 def run_command(argv: list[str] | None) -> None:
@@ -172,7 +174,7 @@ def run_command(argv: list[str] | None) -> None:
         arguments.words = sys.argv[1:] if argv is None else argv
         others = {"sample": show_samples, "summary": show_summary, "compare": show_comparison}
         others |= {"progress": show_progress}
-        if arguments.command not in others or not silenced():
+        if arguments.command not in others or not one_of_the_others():
             others.get(arguments.command, run_stage)(arguments)
     finally:
         flush()
@@ -181,7 +183,8 @@ def run_command(argv: list[str] | None) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns 0, or 2 after one line on what was wrong, 130 when interrupted, 141 when nobody reads."""
     print_anywhere()
-    silenced()
+    if one_of_the_others():
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     try:
         run_command(argv)
     except BrokenPipeError:
@@ -192,10 +195,10 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except SystemExit as error:  # argparse's, which has spoken
         if error.code:
-            leave_the_word(error)
+            wait_for_the_launcher(error)
         raise
     except Exception as error:
-        leave_the_word(error)
+        wait_for_the_launcher(error)
         message = explain(error)
         if message is None:
             raise

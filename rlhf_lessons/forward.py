@@ -212,8 +212,9 @@ def in_place_of(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterato
 def head_of_large(lm: nn.Module, positions: int) -> nn.Linear | None:
     """The head of a language model, where so many positions' logits are large and just what it gives; else None.
 
-    None too for a head that is no plain linear layer (an adapter's, a quantised one), whose call others have taken over
-    or whose weight may be shared out, and for logits that are capped, scaled or cut afterwards, which is tried out once.
+    None too for a head that is no plain linear layer (an adapter's, a quantised one) or whose call others have taken
+    over, for logits that are capped, scaled or cut afterwards, which is tried out once, and where processes share the
+    weights out.
     """
     head = lm.get_output_embeddings()
     own = type(head) is nn.Linear and "forward" not in vars(head)
