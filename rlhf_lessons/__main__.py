@@ -15,7 +15,6 @@ from typing import Any
 from rlhf_lessons.app.options import EXIT_ERROR, build_parser, check_given, settings_from
 
 EXIT_INTERRUPTED = 130
-PATIENCE = 5.0  # seconds until what went wrong in one of several processes is said by that one
 EXIT_UNREAD = 141  # as of a program that the system ends because nobody reads what it prints
 
 
@@ -24,7 +23,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
     from rlhf_lessons.app import inputs, pipeline, resume
     from rlhf_lessons.app.run_folder import RunFolder
     from rlhf_lessons.app.trackers import tracked
-    from rlhf_lessons.device import end_processes, keep_freed_memory, make_accelerator, process, told, use_threads
+    from rlhf_lessons.device import end_processes, keep_freed_memory, make_accelerator, told, use_threads
     from rlhf_lessons.display import say
 
     going_on = getattr(arguments, "resume", None)
@@ -33,8 +32,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     use_threads(threads_of(arguments))
     settings = settings_from(arguments)
-    if process()[1] > 1:
-        make_accelerator(settings.method.device)  # from here on the processes know of each other
+    make_accelerator(settings.method.device)  # from here on the processes, if there are several, know of each other
     out = told(arguments.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))[0]
     folder = RunFolder(out, new=not going_on, every=arguments.checkpoint_every)
     say(f"run folder: {folder.path}")
@@ -44,19 +42,19 @@ def run_stage(arguments: argparse.Namespace) -> None:
         resume.check_unchanged(folder.path, described)
     else:
         folder.write_config(described, arguments.words)
-    names = {*(getattr(arguments, "log_with", None) or ())}
-    alone = contextlib.nullcontext(folder.follow)
-    followed = tracked(names, folder.path, device=settings.method.device) if folder.first else alone
+    followed = tracked({*(getattr(arguments, "log_with", None) or ())}, folder.path, device=settings.method.device)
+    made = folder.path
     try:
-        with folder.in_use(), followed as folder.follow:
+        with contextlib.ExitStack() as held:
+            if folder.first:
+                held.enter_context(folder.in_use())
+                folder.follow = held.enter_context(followed)
             if arguments.command == "pretrain":
                 made = Path(pipeline.pretrain(found, settings, folder).name)
             elif arguments.command == "reward":
                 made = Path(pipeline.fit_reward(found, found.model, settings, folder).name)
-            else:
-                summary, made = pipeline.run(found, settings, folder, arguments), folder.path
-                if folder.first:
-                    print_summary(made, summary)
+            elif summary := pipeline.run(found, settings, folder, arguments):  # in the first process
+                print_summary(made, summary)
     except BaseException:
         if folder.state.exists():
             say(f"\nrun --resume {folder.path} goes on from the last checkpoint")
@@ -124,8 +122,6 @@ def explain(error: Exception) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return "out of memory: try a smaller --minibatch-size, or more --gradient-accumulation-steps"
-    if missed_another(error):
-        return "another process of this run has ended"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return text if isinstance(error, (ValueError, FloatingPointError, OSError)) else None
@@ -157,14 +153,9 @@ def wait_for_the_launcher(error: BaseException) -> None:
 
     The first says at once what befalls all; another says later what befell itself alone, and nobody that it is missed.
     """
-    if one_of_the_others() or missed_another(error):
-        time.sleep(2 * PATIENCE if missed_another(error) else PATIENCE)
+    if one_of_the_others() or "Connection closed by peer" in str(error):
+        time.sleep(5)
         sys.stderr = sys.__stderr__
-
-
-def missed_another(error: BaseException) -> bool:
-    """Whether an error says that another process has ended."""
-    return isinstance(error, RuntimeError) and "Connection closed by peer" in str(error)
 
 
 def run_command(argv: list[str] | None) -> None:
@@ -193,11 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         exec("")  # Python forgets an interruption inside such a call only at the next one, else it ends by a signal
         print("\nstopped; what was written so far is complete and can be read", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except SystemExit as error:  # argparse's, which has spoken
-        if error.code:
-            wait_for_the_launcher(error)
-        raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the latter is argparse's, which has spoken
         wait_for_the_launcher(error)
         message = explain(error)
         if message is None:

@@ -64,11 +64,9 @@ def make_accelerator(device: str = "auto", **options: Any) -> "Accelerator":
     if not settled and not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one device for the whole process
     accelerator = Accelerator(cpu=wanted == "cpu", mixed_precision="no", **options)
-    if (
-        shards and accelerator.distributed_type is DistributedType.MULTI_CPU
-    ):  # PyTorch shards there, accelerate asks not
-        plugin = FullyShardedDataParallelPlugin()
-        AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    if shards and accelerator.distributed_type is DistributedType.MULTI_CPU:  # where accelerate does not ask for it
+        asked = {"distributed_type": DistributedType.FSDP, "fsdp_plugin": FullyShardedDataParallelPlugin()}
+        AcceleratorState._shared_state.update(asked)
     return accelerator
 
 
@@ -112,23 +110,24 @@ def end_processes() -> None:
 
 
 @contextlib.contextmanager
-def gathered(accelerator: "Accelerator", model: nn.Module) -> Iterator[None]:
+def gathered(model: nn.Module) -> Iterator[None]:
     """All weights of a prepared model at hand in every process, to be read without a gradient; then its share again.
 
     A pass through any part of it then waits for no other process, however many each of them makes. Not to be nested.
     """
+    from accelerate.state import AcceleratorState
+
     parts = [part for part in model.modules() if sharded() and hasattr(part, "unshard")]
-    if parts:
-        parts[0]._get_fsdp_state()._lazy_init()  # or the first part that is called takes itself for the root
     try:
         for part in parts:
+            part._get_fsdp_state()._lazy_init()  # the root's first, or the part that is called takes itself for it
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
         yield
     finally:
         for part in parts:
+            part.set_reshard_after_forward(AcceleratorState().fsdp_plugin.reshard_after_forward, recurse=False)
             part.reshard()
-            part.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
 
 
 def whole(value: Any) -> Any:

@@ -98,6 +98,7 @@ class CausalLMWithValueHead(nn.Module):
         if getattr(head, "weight", None) is None:
             raise ValueError(f"lm must have a language-model head; {type(lm).__name__} has none")
         self.lm = lm
+        self._no_split_modules = getattr(lm, "_no_split_modules", None)  # the blocks, which FSDP shards one by one
         self.critic = copy.deepcopy(trunk_of(lm)) if critic == "separate" else None
         self.value_head = ValueHead(head.weight.shape[-1])  # as wide as what the head reads, not always hidden_size
         self.value_head.to(lm.dtype)
@@ -106,11 +107,6 @@ class CausalLMWithValueHead(nn.Module):
     def config(self) -> "PretrainedConfig":
         """The language model's configuration."""
         return self.lm.config
-
-    @property
-    def _no_split_modules(self) -> list[str] | None:
-        """The classes of the language model's blocks, which FSDP shards one by one."""
-        return self.lm._no_split_modules
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *, logits_to_keep: int = 0) -> LogitsAndValues:
         """Logits (B, K, V) and values (B, K) of the last K = logits_to_keep positions, or of all (0).

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +140,7 @@ class Trainer:
 
     def check_models(self) -> None:
         """Raise ValueError for models that cannot learn, lack ids of the tokenizer, or score unlike they sample."""
-        with gathered(self.accelerator, self.model):
+        with gathered(self.model):
             check_language_model(self.policy, self.tokenizer)
             with as_reference(self.lm, self.reference) as held_to:
                 check_language_model(held_to, self.tokenizer)
@@ -177,12 +177,6 @@ class Trainer:
     def lm(self) -> nn.Module:
         """The language model that samples: the policy, or the one inside it."""
         return getattr(self.policy, "lm", self.policy)
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """The policy as it is read without a gradient: in the run's precision, all of its weights at hand."""
-        with gathered(self.accelerator, self.model), autocast(self.device, self.config.precision):
-            yield
 
     def step(self) -> dict[str, float]:
         """One iteration: roll out a batch, learn from it, steer β. Returns the metrics as plain floats.
@@ -230,7 +224,7 @@ class Trainer:
         COUNT.check("the number of eval_prompts", count)
         generator = torch.Generator().manual_seed(self.config.seed)
         rows = torch.arange(count + -count % self.accelerator.num_processes) % count  # as many for each process
-        with self.reading():
+        with gathered(self.model), autocast(self.device, self.config.precision):
             parts = [
                 self.answers([self.eval_ids[i] for i in some], [self.eval_prompts[i] for i in some], some, generator)
                 for some in rows.split(self.config.batch_size)
@@ -243,7 +237,7 @@ class Trainer:
 
         Raises FloatingPointError, naming the iteration, when one of them is not finite.
         """
-        with self.reading():
+        with gathered(self.model), autocast(self.device, self.config.precision):
             batch = self.credit(self.collect())
         rows, real = (len(batch), -1), batch.response_mask
         check_finite(
@@ -431,8 +425,8 @@ class Trainer:
         """Continue where the trainer was that gave this state: bit by bit on the same machine."""
         own = self.policy.state_dict()
         load_learnt(self.policy, {name: share_like(x, own.get(name)) for name, x in state["policy"].items()})
-        parts, trained = copy.deepcopy({part: state[part] for part in ("optimizer", "scheduler")}), [
-            p for group in self.optimizer.param_groups for p in group["params"]]  # fmt: skip
+        parts = copy.deepcopy({part: state[part] for part in ("optimizer", "scheduler")})
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         for number, moments in parts["optimizer"]["state"].items():
             moments |= {name: share_like(x, trained[number]) for name, x in moments.items()}
         for part, its in parts.items():

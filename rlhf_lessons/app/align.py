@@ -1,7 +1,6 @@
 """From a base model and a score to what a method makes of them, and the report: the same folder whatever the method."""
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -27,7 +26,7 @@ from rlhf_lessons.app.run_folder import (
     summarise,
 )
 from rlhf_lessons.config import BestOfNConfig, DPOConfig, SamplingConfig, TrainerConfig
-from rlhf_lessons.device import gathered, sharded, whole
+from rlhf_lessons.device import autocast, gathered, sharded, whole
 from rlhf_lessons.display import progress, say
 from rlhf_lessons.fitting import fit_dpo, preference_log_probs
 from rlhf_lessons.forward import context_of
@@ -105,7 +104,7 @@ class History:
         of_method = [name for name in ("value", "advantage", "reward") if hasattr(few, f"{name}s")]
         known |= {name: getattr(few, f"{name}s") for name in of_method}
         if isinstance(few, Credited):
-            with torch.no_grad(), trainer.reading():
+            with torch.no_grad(), gathered(trainer.model), autocast(trainer.device, trainer.config.precision):
                 known["ratio"] = importance_ratio(response_log_probs(trainer.lm, few, trainer.config), few.log_probs)
         of_text = {"score": few.scores, **({"gold": self.gold_of(few)} if self.gold else {}), "ended": few.ended}
         kept = []
@@ -124,10 +123,11 @@ class History:
         end for parts that could not be made; all others are there then.
         """
         trainer, folder = self.trainer, self.folder
+        summary = summarise(folder.path, last=last) if folder.first else {}
 
         def write_samples() -> None:
             models = {"before": trainer.reference, "after": trainer.lm}
-            with gathered(trainer.accelerator, trainer.model):
+            with gathered(trainer.model):
                 samples = before_and_after(
                     models, trainer.tokenizer, trainer.prompts, trainer.scorer, trainer.config, gold=self.gold,
                     best_of={"after": n},
@@ -138,16 +138,13 @@ class History:
         def write_page() -> None:
             folder.write_text("report.html", report_page(folder.path, summary, title=self.title, last=last))
 
-        if not folder.first:  # it only helps to sample
-            write_samples()
-            return {}
-        summary = summarise(folder.path, last=last)
-        write_each({
+        parts = {
             "samples.md": write_samples,
             "figures": lambda: draw_run(folder, read_metrics(folder.path), *longest_response(folder.path)),
             "report.html": write_page,
             "summary.json": lambda: folder.write_json("summary.json", summary),  # last: who has it has finished
-        })  # fmt: skip
+        }
+        write_each(parts if folder.first else {"samples.md": write_samples})  # which all processes draw
         return summary
 
 
@@ -167,14 +164,14 @@ def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: 
 
     def on_step(iteration: int, metrics: dict[str, float], batch: Rollout) -> None:
         history.add(iteration, metrics, batch)
-        stage.offer(iteration, functools.partial(trainer.state_dict, copied=False))
+        stage.offer(iteration, lambda: trainer.state_dict(copied=False))
 
     with stage:
         trainer.train(on_step)
     goal = getattr(getattr(trainer.scorer, "function", None), "__name__", "a reward model")
     card = Card(trainer.lm, trainer.tokenizer, f"{TITLES[method]} against {goal}", asdict(trainer.config))
     weights = {"state_dict": whole(trainer.policy.state_dict(keep_vars=True))} if sharded() else {}
-    with gathered(trainer.accelerator, trainer.model):  # the card asks the policy
+    with gathered(trainer.model):  # the card asks the policy
         folder.save_models("policy", trainer.policy, trainer.tokenizer, card, **weights)
     return history.report(last=LAST)
 

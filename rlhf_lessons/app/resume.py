@@ -51,10 +51,11 @@ class Stage(Keeper):
     def __enter__(self) -> Self:
         def ask(number: int, frame: Any) -> None:
             self.asked = True
-            if process()[1] > 1:  # all stop after the same step, and their launcher passes on what each has got already
-                return say("\nstopping after this step")
-            signal.signal(number, signal.default_int_handler)
-            say("\nstopping after this step; once more, and it stops at once")
+            alone = (
+                process()[1] == 1
+            )  # else all stop after the same step, and their launcher passes on what each has got
+            signal.signal(number, signal.default_int_handler if alone else signal.SIG_IGN)
+            say("\nstopping after this step" + alone * "; once more, and it stops at once")
 
         # Where another handler is at work, or none, and outside of the main thread, Ctrl-C is not ours.
         in_main = threading.current_thread() is threading.main_thread()

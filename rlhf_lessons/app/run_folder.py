@@ -74,9 +74,6 @@ class RunFolder:
         """
         from filelock import FileLock, Timeout
 
-        if not self.first:
-            yield
-            return
         place = self.state.parent
         place.mkdir(exist_ok=True)
         lock = FileLock(place / "lock", timeout=0)
@@ -97,7 +94,7 @@ class RunFolder:
 
     def whole(self, name: str) -> contextlib.AbstractContextManager[Path]:
         """A place to write a file or a folder to; moved to `name` once all of it is there, else removed."""
-        return written_whole(self.path / name)
+        return written_whole(self.path / name) if self.first else contextlib.nullcontext(Path(os.devnull))
 
     def go_on_after(self, iteration: int) -> None:
         """Take back the lines of what came after an iteration."""
@@ -110,8 +107,6 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, whole or not at all."""
-        if not self.first:
-            return
         with self.whole(name) as partial:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # what a shell passed on as no text
 
@@ -136,10 +131,8 @@ class RunFolder:
 
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Add rows to a file of JSON lines, all of them or none, their numbers to six digits."""
-        if not self.first:
-            return
         lines = "".join(strict_json(rounded(row)) + "\n" for row in rows)
-        path = self.path / name
+        path = self.path / name if self.first else Path(os.devnull)
         size = path.stat().st_size if path.exists() else 0
         try:
             with open(path, "a", encoding="utf-8") as file:
@@ -156,7 +149,7 @@ class RunFolder:
 
         options: of the first one's save_pretrained.
         """
-        with self.whole(name) if self.first else contextlib.nullcontext() as partial, quiet_transformers():
+        with self.whole(name) as partial, quiet_transformers():
             try:
                 for part in (model, *others) if self.first else ():
                     part.save_pretrained(partial, **(options if part is model else {}))
