@@ -33,6 +33,7 @@ EXAMPLES = {
   python -m rlhf_lessons run --method grpo --samples-per-prompt 16
   python -m rlhf_lessons run --corpus texts.txt --preferences pairs.jsonl
   python -m rlhf_lessons run --model gpt2-with-pad/ --prompts prompts.txt --score my_rewards:politeness
+  torchrun --nproc_per_node 2 -m rlhf_lessons run    each batch shared out over two processes (or accelerate launch)
 """,
     "pretrain": """\
   python -m rlhf_lessons pretrain --corpus texts.txt --out runs/base

@@ -72,6 +72,8 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
     """`run` and `ppo`: the whole pipeline; a stage whose result is given is left out. Returns the method's summary."""
     config, method, words = settings.method, method_of(arguments), getattr(arguments, "opening_words", 0)
     require("method", method, method in TRAINERS or not sharded(), f"{', '.join(TRAINERS)} under FSDP")
+    # What a graph has captured it reads where it was.
+    require("sampler", arguments.sampler, arguments.sampler != "static" or not sharded(), "plain under FSDP")
     prompts = choose_prompts(inputs, opening_words=words, seed=config.seed, max_new_tokens=config.max_new_tokens)
     base, asked = inputs.model, [*prompts, *(inputs.eval_prompts or ())]
     if base is None:
