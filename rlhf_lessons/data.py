@@ -7,7 +7,7 @@ import json
 import os.path
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ LONG = ("refuse", "drop", "cut")  # what becomes of a pair that is longer than t
 # What opens an answer where whole conversations are written as one text.
 ANSWERS = ("\n\nAssistant:", "<|im_start|>assistant\n", "<|assistant|>\n", "[/INST]")
 
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"  # of transformers, whose import takes seconds
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]  # a text, its token ids, or the messages of a chat
 
 

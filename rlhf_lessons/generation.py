@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_lessons.data import decode, decode_responses, encode_prompts, pad, real_ids
+from rlhf_lessons.data import Prompt, Tokenizer, as_record, decode, decode_responses, encode_prompts, pad, real_ids
 from rlhf_lessons.forward import (
     causal_lm_logits,
     context_of,
@@ -29,7 +29,7 @@ from rlhf_lessons.models import bar_unused_ids, check_vocabulary
 from rlhf_lessons.policy_gradient import action_log_probs
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedTokenizerBase
+    from transformers import DynamicCache
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Samples:
         """The sampled tokens, padded on the right: (B, T)."""
         return self.tokens[:, self.prompt_length :]
 
-    def texts(self, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[str], list[str]]:
+    def texts(self, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
         """Prompts as they were given (as text, where they were not) and responses as they were sampled, as text.
 
         A prompt's begin token and the token that ended a response are left out, any other is shown.
@@ -257,7 +257,7 @@ def new_kv_cache(lm: nn.Module, length: int) -> "DynamicCache | None":
     return cache
 
 
-def eos_ids(lm: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def eos_ids(lm: nn.Module, tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a response: the tokenizer's EOS and those that the model's generation settings name."""
     named = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
     return list(dict.fromkeys([tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or [])]))
@@ -306,21 +306,31 @@ def best_of_n(samples: Samples, scores: Tensor) -> Samples:
     return samples.rows(order[first].cpu())
 
 
-def respond(
-    lm: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Mapping[str, Any]], *,
-    max_new_tokens: int = 24, temperature: float = 1.0, generator: torch.Generator | None = None, batch_size: int = 512,
-) -> list[str]:  # fmt: skip
-    """A sampled response to each prompt, as text. Raises ValueError for a prompt too long for the model's context."""
+def answers(
+    lm: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Prompt | Mapping[str, Any]], *, max_new_tokens: int,
+    each: int = 1, **options: Any,
+) -> Samples:  # fmt: skip
+    """A sampled response to each prompt, or to each record with one, in one batch.
+
+    each: how many prompts in a row are one that is drawn so often; options: the others of `sample_responses`. Raises
+    ValueError for a tokenizer that is not the model's, and for a prompt too long for the model's context.
+    """
     check_vocabulary(lm, tokenizer)
     bar_unused_ids(lm, tokenizer)
-    encoded = encode_prompts(tokenizer, prompts, max_new_tokens=max_new_tokens, context=context_of(lm))
-    texts = []
-    for start in range(0, len(encoded), batch_size):
-        input_ids, mask = pad(encoded[start : start + batch_size], tokenizer.pad_token_id, side="left")
-        responses = sample_responses(
-            lm, input_ids.to(lm.device), mask.to(lm.device), max_new_tokens=max_new_tokens,
-            eos_id=eos_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id, temperature=temperature, generator=generator,
-        )  # fmt: skip
-        sampled = real_ids(responses.tokens, responses.mask)
-        texts += decode_responses(tokenizer, encoded[start : start + batch_size], sampled, responses.ended)
-    return texts
+    ids = encode_prompts(tokenizer, prompts, max_new_tokens=max_new_tokens, context=context_of(lm))
+    input_ids, mask = (x.to(lm.device) for x in pad(ids, tokenizer.pad_token_id, side="left"))
+    return sample_batch(
+        lm, input_ids, mask, group=torch.arange(len(ids), device=lm.device) // each, records=[*map(as_record, prompts)],
+        max_new_tokens=max_new_tokens, eos_id=eos_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id, **options,
+    )  # fmt: skip
+
+
+def respond(
+    lm: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Prompt | Mapping[str, Any]], *, max_new_tokens: int = 24,
+    batch_size: int = 512, **options: Any,
+) -> list[str]:  # fmt: skip
+    """A sampled response to each prompt, as text; options and errors are those of `answers`."""
+    ids = encode_prompts(tokenizer, prompts, max_new_tokens=max_new_tokens, context=context_of(lm))
+    parts = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+    drawn = (answers(lm, tokenizer, part, max_new_tokens=max_new_tokens, **options) for part in parts)
+    return [text for samples in drawn for text in samples.texts(tokenizer)[1]]

@@ -14,74 +14,50 @@ OPENING_WORDS = 3
 EVERY = 10  # iterations between two checkpoints
 
 HELP = {file.stem: file.read_text(encoding="utf-8") for file in Path(__file__).with_name("help").glob("*.txt")}
+WHAT = dict(line.split(": ", 1) for line in HELP["options"].splitlines())  # option -> what it is
 
-SOURCES = {  # what is one's own -> its type, how its value is called, what it is
-    "corpus": (Path, "FILE", "text to learn to write from, one document a line; a base model is trained on it"),
-    "preferences":
-        (Path, "FILE", "JSON lines with prompt, chosen, rejected (or chats) for a reward model to learn from"),
-    "eval_preferences": (Path, "FILE", "the same, held out to measure the reward model on"),
-    "prompts":
-        (Path, "FILE", "what PPO has continued: one prompt a line, or JSON lines (.jsonl) with prompt, or a chat"),
-    "eval_prompts": (Path, "FILE", "the same, held out: the policy answers each before, between and after the updates"),
-    "model": (str, "MODEL", "language model to start from: a folder or hub name (safetensors)"),
-    "reward_model": (str, "MODEL", "reward model that PPO maximises: a folder or hub name (safetensors)"),
-    "score": (str, "MODULE:FUNCTION", "a reward of your own for PPO to maximise: a function of prompts and responses, "
-              "two lists of texts, that returns a number for each"),
-}  # fmt: skip
+FILE, FOLDER = dict(type=Path, metavar="FILE"), dict(type=Path, metavar="FOLDER")
+MODEL, NUMBER = dict(metavar="MODEL"), dict(type=int, metavar="N")
 CRITICS = ("shared", "separate")
-STAGE = {  # what each command that makes a run's folder takes
-    "out": dict(type=Path, metavar="FOLDER", help="new folder to write (default: runs/ and the time)"),
-    "preset": dict(choices=tuple(PRESETS), default="tiny", help="set of defaults. tiny: for a laptop's CPU; "
-                   "small: GPT-2-sized, for a GPU (default: tiny)"),
-    "checkpoint_every": dict(type=int, default=EVERY, metavar="N", help="iterations between two checkpoints, from "
-                             f"which --resume goes on; of a fit ten times as many steps (default: {EVERY})"),
+SOURCES = {  # what is one's own, as argparse takes it
+    **dict.fromkeys(("corpus", "preferences", "eval_preferences", "prompts", "eval_prompts"), FILE),
+    **dict.fromkeys(("model", "reward_model"), MODEL), "score": dict(metavar="MODULE:FUNCTION"),
 }  # fmt: skip
+STAGE = {  # what each command takes that makes a run's folder
+    "out": FOLDER,
+    "preset": dict(choices=tuple(PRESETS), default="tiny"),
+    "checkpoint_every": dict(default=EVERY, **NUMBER),
+}
 OTHERS = {  # what some commands take, which is no setting of a stage
-    "chat": dict(action="store_true", default=None,
-                 help="read plain prompts as a user's messages, by the model's chat template"),
-    "log_with": dict(action="append", metavar="NAME", help="tensorboard, trackio, wandb or another tracker of "
-                     "accelerate's; may be given several times"),
-    "long_pairs": dict(choices=("drop", "cut", "refuse"), default="drop",
-                       help="what becomes of a pair of texts longer than the model's context (default: drop)"),
-    "threads": dict(type=int, metavar="N", help="of the CPU (default: 1 with the tiny world's own models, else as many "
-                    "as PyTorch takes)"),
-    "method": dict(choices=tuple(METHODS), default="ppo", help="how the base model is aligned; options that the method "
-                   "does not read are refused (default: ppo)"),
-    "resume": dict(type=Path, metavar="FOLDER", help="continue the run in this folder that was stopped, whichever "
-                   "command began it, as it began"),
-    "opening_words": dict(type=int, default=OPENING_WORDS, metavar="N", help="words of a --corpus line that make a "
-                          f"prompt; 0: the begin token alone (default: {OPENING_WORDS})"),
-    "critic": dict(choices=CRITICS,
-                   help="whether PPO's critic shares the policy's trunk or has its own (default: shared)"),
-    "sampler": dict(choices=("plain", "static"), default="plain",
-                    help="how responses are drawn; static: fixed shapes, on a GPU in a CUDA graph (default: plain)"),
-    "policy": dict(metavar="MODEL", help="the model after PPO (default: the tiny world's)"),
-    "prompt": dict(action="append", metavar="TEXT", help="a prompt; may be given several times"),
-    "count": dict(type=int, default=8, metavar="N", help="responses to show (default: 8)"),
-    "max_new_tokens": dict(type=int, default=24, metavar="N", help="longest response (default: 24)"),
-    "seed": dict(type=int, default=0, metavar="N", help="of the choice and the sampling (default: 0)"),
-    "runs": dict(nargs="+", type=Path, metavar="FOLDER", help="folders of runs, stopped ones too"),
-    "picture": dict(option="out", type=Path, metavar="FILE", default=Path("comparison.png"),
-                    help="new picture (.png) of their curves, one over another (default: comparison.png)"),
-    "lessons": dict(nargs="?", type=Path, metavar="FOLDER", default=Path("lab"),
-                    help="the copy that `make lab` made (default: lab)"),
-}  # fmt: skip
-COMMANDS = {  # what it does, how it is typed, what of SOURCES and of OTHERS it takes
-    "run": ("the whole pipeline, from text to an aligned model and its report", "[options]",
-            "corpus preferences eval_preferences prompts eval_prompts model reward_model score",
+    "chat": dict(action="store_true", default=None),
+    "log_with": dict(action="append", metavar="NAME"),
+    "long_pairs": dict(choices=("drop", "cut", "refuse"), default="drop"),
+    "threads": NUMBER,
+    "method": dict(choices=tuple(METHODS), default="ppo"),
+    "resume": FOLDER,
+    "opening_words": dict(default=OPENING_WORDS, **NUMBER),
+    "critic": dict(choices=CRITICS),
+    "sampler": dict(choices=("plain", "static"), default="plain"),
+    "policy": MODEL,
+    "prompt": dict(action="append", metavar="TEXT"),
+    "count": dict(default=8, **NUMBER),
+    "max_new_tokens": dict(default=24, **NUMBER),
+    "seed": dict(default=0, **NUMBER),
+    "runs": dict(nargs="+", **FOLDER),
+    "picture": dict(option="out", default=Path("comparison.png"), **FILE),
+    "lessons": dict(nargs="?", default=Path("lab"), **FOLDER),
+}
+COMMANDS = {  # how it is typed, what of SOURCES and what of OTHERS it takes
+    "run": ("[options]", "corpus preferences eval_preferences prompts eval_prompts model reward_model score",
             "chat log_with long_pairs threads method resume opening_words critic sampler"),
-    "pretrain": ("train a language model from scratch on text", "[options]", "corpus", "threads"),
-    "reward": ("train a reward model on preferences, from a language model's trunk", "[options]",
-               "model preferences eval_preferences", "chat long_pairs threads"),
-    "ppo": ("PPO from a language model and a reward", "[options]",
-            "prompts eval_prompts model reward_model score", "chat log_with threads critic sampler"),
-    "sample": ("responses of a model before and after PPO, side by side, with scores", "[options]",
-               "prompts model reward_model score", "chat threads policy prompt count max_new_tokens seed"),
-    "summary": ("runs as a Markdown table, a row each", "FOLDER [FOLDER ...]", "", "runs"),
-    "compare": ("in what runs differ, and what came of it: a table, and their curves",
-                "FOLDER FOLDER [FOLDER ...] [--out FILE]", "", "runs picture"),
-    "progress": ("the exercises and hunts of your copy of the lessons, and which are solved", "[FOLDER]", "",
-                 "lessons"),
+    "pretrain": ("[options]", "corpus", "threads"),
+    "reward": ("[options]", "model preferences eval_preferences", "chat long_pairs threads"),
+    "ppo": ("[options]", "prompts eval_prompts model reward_model score", "chat log_with threads critic sampler"),
+    "sample": ("[options]", "prompts model reward_model score",
+               "chat threads policy prompt count max_new_tokens seed"),
+    "summary": ("FOLDER [FOLDER ...]", "", "runs"),
+    "compare": ("FOLDER FOLDER [FOLDER ...] [--out FILE]", "", "runs picture"),
+    "progress": ("[FOLDER]", "", "lessons"),
 }  # fmt: skip
 
 
@@ -163,23 +139,23 @@ def add_settings(parser: Parser, section: str, names: tuple[str, ...] | None, me
         group.add_argument("--" + typed(name), default=None, help=help, **how)
 
 
-def add_option(group: Any, name: str, *, option: str = "", nargs: str | None = None, **how: Any) -> None:
+def add_option(group: Any, name: str, *, option: str = "", **how: Any) -> None:
     """One option, typed by its name or another; or, with a number of values that are taken, what needs no option."""
-    words, how = ("--" + typed(option or name), how) if nargs is None else (name, how | {"nargs": nargs})
-    group.add_argument(words, **how)
+    words = name if "nargs" in how else "--" + typed(option or name)
+    group.add_argument(words, help=WHAT[name], **how)
 
 
 def add_command(commands: Any, name: str) -> None:
-    """One command with the options that it uses."""
-    help, usage, sources, others = COMMANDS[name]
-    prog, stage = f"python -m rlhf_lessons {name}", name in USES
+    """One command with the options that it uses; its help text begins with a line on what it does."""
+    usage, sources, others = COMMANDS[name]
+    (help, epilog), prog, stage = HELP[name].split("\n", 1), f"python -m rlhf_lessons {name}", name in USES
     sub = commands.add_parser(
         name, prog=prog, usage=f"{prog} {usage}", help=help, description=help[0].upper() + help[1:] + ".",
-        epilog=HELP[name] + (HELP["run_folder"] if stage else ""),
+        epilog=epilog + (HELP["run_folder"] if stage else ""),
     )  # fmt: skip
     group = sub.add_argument_group("your own data and models (the tiny world's where not given)")
     for source in sources.split():
-        add_option(group, source, **dict(zip(("type", "metavar", "help"), SOURCES[source], strict=True)))
+        add_option(group, source, **SOURCES[source])
     for option, how in STAGE.items() if stage else ():
         add_option(sub, option, **how)
     for section, names in USES[name].items() if stage else ():
