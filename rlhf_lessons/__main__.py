@@ -36,19 +36,19 @@ def run_stage(arguments: argparse.Namespace) -> None:
     found = inputs.resolve(arguments)
     described = pipeline.describe(found, settings, arguments)
     if going_on:
-        resume.check_unchanged(folder.path, described)
+        resume.check_unchanged(arguments.begun, described)
     else:
         folder.write_config(described, arguments.words)
     followed = tracked({*(getattr(arguments, "log_with", None) or ())}, folder.path, device=settings.method.device)
     try:
         with folder.in_use(), followed as folder.follow:
+            made = folder.path
             if arguments.command == "pretrain":
                 made = Path(pipeline.pretrain(found, settings, folder).name)
             elif arguments.command == "reward":
                 made = Path(pipeline.fit_reward(found, found.model, settings, folder).name)
             else:
-                print_summary(folder.path, pipeline.run(found, settings, folder, arguments))
-                made = folder.path
+                print_summary(made, pipeline.run(found, settings, folder, arguments))
     except BaseException:
         if folder.state.exists():
             say(f"\nrun --resume {folder.path} goes on from the last checkpoint")
@@ -141,9 +141,8 @@ def run_command(argv: list[str] | None) -> None:
     try:
         arguments = build_parser().parse_args(argv)
         arguments.words = sys.argv[1:] if argv is None else argv
-        others = {"sample": show_samples, "summary": show_summary, "compare": show_comparison}
-        others |= {"progress": show_progress}
-        others.get(arguments.command, run_stage)(arguments)
+        tables = {"summary": show_summary, "compare": show_comparison, "progress": show_progress}
+        (tables | {"sample": show_samples}).get(arguments.command, run_stage)(arguments)
     finally:
         flush()
 

@@ -31,6 +31,7 @@ from rlhf_lessons.rollout import Credited, Rollout, describe, response_log_probs
 from rlhf_lessons.scoring import Scorer, best_of_mean
 from rlhf_lessons.trainer import PPOTrainer, Trainer
 
+Summary = dict[str, Any]  # a run's numbers before and after
 TRAINERS = {"ppo": PPOTrainer, "rloo": RLOOTrainer, "grpo": GRPOTrainer}
 TITLES = {"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO", "best-of-n": "best-of-n"}
 NUM_SHOWN = 8  # responses read side by side
@@ -104,7 +105,7 @@ class History:
                         | {name: x[row][real].tolist() for name, x in known.items()})  # fmt: skip
         return kept
 
-    def report(self, *, last: int, n: int = 1) -> dict[str, Any]:
+    def report(self, *, last: int, n: int = 1) -> Summary:
         """Samples of both models, then from the folder's files pictures, page and the summary, which is returned.
 
         last: iterations that "after" is the mean of; n: that each answer after is the best of. Raises ValueError at the
@@ -130,7 +131,7 @@ class History:
         })  # fmt: skip
         return summary
 
-    def finish(self, how: str, settings: SamplingConfig, *, last: int) -> dict[str, Any]:
+    def finish(self, how: str, settings: SamplingConfig, *, last: int) -> Summary:
         """Save the policy with its card, which says how it was trained; then the report."""
         trainer = self.trainer
         card = Card(trainer.lm, trainer.tokenizer, f"{self.title} {how}", asdict(settings))
@@ -138,7 +139,7 @@ class History:
         return self.report(last=last)
 
 
-def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: bool) -> dict[str, Any]:
+def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: bool) -> Summary:
     """A trainer's iterations, then the report. Returns the summary: before, and the mean of the last iterations.
 
     gold: whether the gold reward is measured too; it means something in the tiny world alone. Raises ValueError at the
@@ -182,7 +183,7 @@ def looked_at(trainer: Trainer) -> dict[str, float]:
 
 def optimise_directly(
     config: DPOConfig, *arguments: Any, pairs: Records, held_out: Records, folder: RunFolder, gold: bool, **options: Any
-) -> dict[str, Any]:
+) -> Summary:
     """DPO: a fit to the pairs, with looks at the policy; then the report, as in `optimise`.
 
     arguments, options: those of `Trainer`. held_out: pairs to measure on, the first of `pairs` without any.
@@ -208,10 +209,8 @@ def optimise_directly(
         losses.clear()
         history.add(look, row | looked_at(trainer), batch)
 
-    def beside() -> dict[str, Any]:
-        return {"generator": trainer.generator.get_state(), "since_look": losses, "looks": history.done}
-
-    stage = Stage(folder, "dpo", each=STEPS, beside=beside)
+    stage = Stage(folder, "dpo", each=STEPS, beside=lambda: {
+        "generator": trainer.generator.get_state(), "since_look": losses, "looks": history.done})  # fmt: skip
     if kept := stage.load():
         trainer.generator.set_state(kept["generator"])
         losses += kept["since_look"]
@@ -224,9 +223,7 @@ def optimise_directly(
     return history.finish(f"on {len(pairs)} pairs", config, last=1)
 
 
-def choose_among(
-    config: BestOfNConfig, *arguments: Any, folder: RunFolder, gold: bool, **options: Any
-) -> dict[str, Any]:
+def choose_among(config: BestOfNConfig, *arguments: Any, folder: RunFolder, gold: bool, **options: Any) -> Summary:
     """Best-of-n: nothing is trained, and a row is written for n = 1, 2, 4, …; then the report, as in `optimise`.
 
     Each n is a mean over all ways to choose it from the `config.n` responses that each prompt gets. "kl" is the bound
@@ -290,10 +287,9 @@ def before_and_after(
     shown: list[dict[str, Any]] = [{} for _ in chosen]
     for side, model in models.items():
         n, generator = best_of.get(side, 1), torch.Generator().manual_seed(config.seed)
+        options = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature, generator=generator)
         with as_reference(models.get("after"), model) as lm:
-            samples = answers(lm, tokenizer, [prompt for prompt in chosen for _ in range(n)], each=n,
-                              max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                              generator=generator)  # fmt: skip
+            samples = answers(lm, tokenizer, [prompt for prompt in chosen for _ in range(n)], each=n, **options)
         with torch.no_grad():
             samples = best_of_n(samples, scorer(samples)) if n > 1 else samples
             numbers = {"score": scorer(samples).tolist()}
@@ -311,7 +307,7 @@ def before_and_after(
 def align(
     method: str, config: SamplingConfig, policy: nn.Module, score: Any, prompts: Records, tokenizer: data.Tokenizer, *,
     folder: RunFolder, pairs: tuple[Records, Records], gold: bool, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
+) -> Summary:  # fmt: skip
     """A policy, from the base model that it is, by one of `config.METHODS`.
 
     What is trained by an adapter is its own reference, with that off; best-of-n starts from what it was given. pairs:

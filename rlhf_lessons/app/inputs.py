@@ -36,6 +36,7 @@ FILES = {"corpus": data.read_corpus, **PAIRS} | dict.fromkeys(("prompts", "eval_
 GIVEN = (*FILES, "model", "policy", "reward_model", "score")
 
 Records = Sequence[str | Mapping[str, Any]]
+Score = nn.Module | Callable[..., Any]  # of tokens, or of texts
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,7 @@ class Inputs:
             say(f"{count} of the {len(pairs)} pairs in {self.given[name]} are longer than {context} tokens ({what})")
         return kept
 
-    def choose_score(
-        self, reward_model: Model | None, tokenizer: data.Tokenizer, *, device: str
-    ) -> nn.Module | Callable[..., Any]:
+    def choose_score(self, reward_model: Model | None, tokenizer: data.Tokenizer, *, device: str) -> Score:
         """What is maximised: one's own function, or a reward model (on the tokens if its tokenizer reads them alike).
 
         One that reads texts goes to the device when it is first asked, when a trainer has long settled which that is.
@@ -154,11 +153,9 @@ def resolve(arguments: argparse.Namespace) -> Inputs:
     if options.get("chat"):
         found |= {name: [*map(as_chat, found[name])] for name in FILES if found[name] and name != "corpus"}
     score = given["score"] and import_score(given["score"])
-    lent = {
-        "model": command != "pretrain" and given["corpus"] is None and "base",
-        "policy": command == "sample" and "aligned",
-        "reward_model": command in ("ppo", "sample") and score is None and "reward_model",
-    }
+    lent = {"model": command != "pretrain" and given["corpus"] is None and "base",
+            "policy": command == "sample" and "aligned",
+            "reward_model": command in ("ppo", "sample") and score is None and "reward_model"}  # fmt: skip
     loaders = dict.fromkeys(("model", "policy"), models.load_causal_lm) | {"reward_model": models.load_reward_model}
     if critic := critic_of(arguments):  # a policy that was trained before brings its value head
         loaders["model"] = functools.partial(models.CausalLMWithValueHead.from_pretrained, critic=critic)

@@ -76,10 +76,9 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
         if settings.model.weights == "bf16":
             score.bfloat16()
         data.encode_prompts(base.tokenizer, asked, context=context_of(score), whose="the reward model", **room)
-    return align(
-        method, config, policy, score, prompts, base.tokenizer, folder=folder, pairs=pairs, gold=inputs.tiny_world,
-        sampler=sampler_named(arguments.sampler), eval_prompts=inputs.eval_prompts or (),
-    )  # fmt: skip
+    options = dict(sampler=sampler_named(arguments.sampler), eval_prompts=inputs.eval_prompts or ())
+    return align(method, config, policy, score, prompts, base.tokenizer, folder=folder, pairs=pairs,
+                 gold=inputs.tiny_world, **options)  # fmt: skip
 
 
 def pretrain(

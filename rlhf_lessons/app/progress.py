@@ -36,13 +36,11 @@ def progress_table(folder: Path) -> str:
     """
     try:
         solved = read(folder)
-        rows = [
-            (lesson.stem.replace("_", " "), kind, name, solved.get(name, ""))
-            for lesson in sorted(folder.glob("[0-9][0-9]_*.ipynb")) if KEPT not in lesson.name
-            for kind, name in checks_in(lesson)
-        ]  # fmt: skip
+        lessons = [lesson for lesson in sorted(folder.glob("[0-9][0-9]_*.ipynb")) if KEPT not in lesson.name]
     except FileNotFoundError as error:
         raise ValueError(f"{folder} must hold a copy of the lessons, which `make lab` makes; got none") from error
-    lines = ["| lesson | kind | check | solved |", "| --- | --- | --- | --- |"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    rows = [(lesson.stem.replace("_", " "), kind, name, solved.get(name, ""))
+            for lesson in lessons for kind, name in checks_in(lesson)]  # fmt: skip
+    table = [("lesson", "kind", "check", "solved"), ("---",) * 4, *rows]
+    lines = ["| " + " | ".join(row) + " |" for row in table]
     return "\n".join([*lines, "", f"{sum(bool(row[3]) for row in rows)} of {len(rows)} solved"])

@@ -116,11 +116,8 @@ class RunFolder:
 
     def write_config(self, settings: dict, command: Sequence[str]) -> None:
         """config.json: the settings, the command line, the versions and the GPU, if any, that made the run."""
-        made_by = {
-            "command": ["python", "-m", "rlhf_lessons", *command],
-            **versions(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        }
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        made_by = {"command": ["python", "-m", "rlhf_lessons", *command], **versions(), "gpu": gpu}
         self.write_json("config.json", settings | {"made_by": made_by})
 
     def append_metrics(self, iteration: int, metrics: dict[str, float]) -> None:
@@ -149,9 +146,9 @@ class RunFolder:
             try:
                 for part in parts:
                     part.save_pretrained(partial)
-            except OSError:
-                raise
             except Exception as error:  # of safetensors and tokenizers, which have no OSError for a full disk
+                if isinstance(error, OSError):
+                    raise
                 raise ValueError(f"cannot write {self.path / name}: {error}") from error
         return self.path / name
 
