@@ -14,7 +14,8 @@ from rlhf_lessons.app.pipeline import fit_reward, pretrain
 from rlhf_lessons.app.run_folder import RunFolder, longest_response, read_lines, read_metrics
 from rlhf_lessons.config import PPOConfig, PretrainConfig, RewardConfig, Settings
 from rlhf_lessons.fitting import annotated_preferences
-from rlhf_lessons.models import context_of, load_causal_lm, load_reward_model
+from rlhf_lessons.forward import context_of
+from rlhf_lessons.models import load_causal_lm, load_reward_model
 from rlhf_lessons.scoring import as_scorer
 
 CPU = PPOConfig(device="cpu", max_new_tokens=4)

@@ -12,8 +12,8 @@ from sampling import BOS, EOS, IDS, PAD, generator, repeated, teacher_forced
 from transformers import GPT2LMHeadModel
 
 from rlhf_lessons.data import encode_prompt, encode_response, pad
+from rlhf_lessons.forward import padding_route
 from rlhf_lessons.generation import Sampler, eos_ids, respond, sample_tokens
-from rlhf_lessons.models import padding_route
 from rlhf_lessons.rollout import collect_rollout, policy_outputs, reference_logits, sample_responses
 from rlhf_lessons.scoring import missing_eos_scores
 from rlhf_lessons.trainer import PPOConfig
