@@ -30,6 +30,7 @@ ASSETS = Path(__file__).parent / "assets"  # the tiny world's models: base, rewa
 VALUE_HEAD_FILE = "value_head.safetensors"  # keys: weight (1, H), bias (1,)
 ADAPTER_FILE = "adapter_config.json"  # of an adapter that PEFT saved
 CRITIC_FOLDER = "critic"  # a separate critic's trunk, itself a Hugging Face checkpoint
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 NOISE = re.compile("drop|jitter", re.IGNORECASE)  # in the names of what is only added in training
 
 
@@ -282,11 +283,11 @@ def prepare_policy(
 
 
 @contextlib.contextmanager
-def said_in_a_line(what: str, path: str | Path) -> Iterator[None]:
+def said_in_a_line(what: str, path: str | Path, errors: tuple[type[Exception], ...] = UNREADABLE) -> Iterator[None]:
     """Whatever goes wrong when something is read from a checkpoint, as one line (ValueError)."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except errors as error:
         raise ValueError(f"cannot load {what} from {str(path)!r}: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -384,11 +385,9 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """Load a tokenizer, padding on the left; raises ValueError when its pad token is missing or is its EOS."""
     from transformers import AutoTokenizer
 
-    try:
+    with said_in_a_line("a tokenizer", path, (Exception,)):  # tokenizers has none of its own for an unreadable file
         check_source(path)
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # tokenizers has no exception of its own for a file that it cannot read
-        raise ValueError(f"cannot load a tokenizer from {str(path)!r}: {' '.join(str(error).split())[:300]}") from error
     check_tokenizer(tokenizer)
     tokenizer.padding_side = "left"
     return tokenizer

@@ -146,11 +146,10 @@ def resolve(arguments: argparse.Namespace) -> Inputs:
 
     Raises ValueError for what is wrong with one.
     """
-    options, command = vars(arguments), arguments.command
-    given = {name: options.get(name) for name in GIVEN}
-    check_device(options.get("device") or "auto")
+    given, command = {name: getattr(arguments, name, None) for name in GIVEN}, arguments.command
+    check_device(getattr(arguments, "device", None) or "auto")
     found = {name: given[name] and read(given[name]) for name, read in FILES.items()}
-    if options.get("chat"):
+    if getattr(arguments, "chat", None):
         found |= {name: [*map(as_chat, found[name])] for name in FILES if found[name] and name != "corpus"}
     score = given["score"] and import_score(given["score"])
     lent = {"model": command != "pretrain" and given["corpus"] is None and "base",
@@ -161,7 +160,7 @@ def resolve(arguments: argparse.Namespace) -> Inputs:
         loaders["model"] = functools.partial(models.CausalLMWithValueHead.from_pretrained, critic=critic)
     paths = {name: given[name] or (lent[name] and ASSETS / lent[name]) for name in loaders}
     loaded = {name: load_model(load, paths[name]) if paths[name] else None for name, load in loaders.items()}
-    named, long_pairs = {k: v and str(v) for k, v in given.items()}, options.get("long_pairs", data.LONG[0])
+    named, long_pairs = {k: v and str(v) for k, v in given.items()}, getattr(arguments, "long_pairs", data.LONG[0])
     return Inputs(given=named, score=score, long_pairs=long_pairs, **found, **loaded)
 
 
