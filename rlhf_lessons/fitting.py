@@ -20,14 +20,9 @@ from rlhf_lessons.likelihood import token_terms
 from rlhf_lessons.masking import masked_mean
 from rlhf_lessons.models import check_separate, without_dropout
 from rlhf_lessons.preferences import bradley_terry_loss, dpo_loss, ipo_loss
-from rlhf_lessons.scoring import ids_log_probs, preference_accuracy, score_ids, score_texts, text_log_probs
+from rlhf_lessons.scoring import ids_log_probs, preference_accuracy, score_ids, score_texts, text_log_probs  # noqa: F401
 
 OnStep = Callable[[int, int, float], None]  # (step, steps, loss)
-
-__all__ = [
-    "annotated_preferences", "fit_dpo", "fit_language_model", "fit_reward_model", "language_model_loss",
-    "preference_accuracy", "preference_log_probs", "score_texts",
-]  # fmt: skip
 
 
 def check_finite(measured: Mapping[str, Tensor], place: str) -> list[float]:

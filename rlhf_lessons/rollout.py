@@ -18,16 +18,11 @@ from rlhf_lessons.data import Tokenizer, pad
 from rlhf_lessons.forward import evaluating
 from rlhf_lessons.generation import Responses, Samples, sample_batch, sample_responses
 from rlhf_lessons.kl import sampled_kl, shaped_rewards
-from rlhf_lessons.likelihood import policy_outputs, reference_logits, token_terms
+from rlhf_lessons.likelihood import policy_outputs, reference_logits, token_terms  # noqa: F401
 from rlhf_lessons.masking import masked_mean, masked_whiten
 from rlhf_lessons.models import bar_unused_ids, check_vocabulary
 from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.scoring import Scorer, missing_eos_scores
-
-__all__ = [
-    "Credited", "Rollout", "RolloutBatch", "check_language_model", "collect", "collect_rollout", "describe", "joined",
-    "policy_outputs", "ppo_credit", "reference_logits", "response_values", "sample_responses", "state_values",
-]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

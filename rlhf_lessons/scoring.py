@@ -67,11 +67,9 @@ def as_scorer(
     score: Scorer | nn.Module | Callable[..., Any], tokenizer: Tokenizer, *, rows: int | None = None
 ) -> Scorer:
     """A scorer as it is, a reward model or a function of texts as the scorer made of it."""
-    if isinstance(score, Scorer):
-        return score
     if isinstance(score, nn.Module):
         return ModelScorer(score, rows=rows)
-    return TextScorer(score, tokenizer)
+    return score if isinstance(score, Scorer) else TextScorer(score, tokenizer)
 
 
 def as_scores(scores: Any, count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -160,11 +158,9 @@ def score_ids(reward_model: nn.Module, rows: list[list[int]], *, pad_id: int, ba
     longest, context = max(map(len, rows)), context_of(reward_model)
     if longest > context:
         raise ValueError(f"texts must have at most {context} tokens, the reward model's context; got one of {longest}")
-    device, scores = next(reward_model.parameters()).device, []
-    for start in range(0, len(rows), batch_size):
-        tokens, mask = pad(rows[start : start + batch_size], pad_id, side="right")
-        scores.append(reward_model(tokens.to(device), mask.to(device)).cpu())
-    return torch.cat(scores)
+    device, starts = next(reward_model.parameters()).device, range(0, len(rows), batch_size)
+    chunks = (pad(rows[start : start + batch_size], pad_id, side="right") for start in starts)
+    return torch.cat([reward_model(tokens.to(device), mask.to(device)).cpu() for tokens, mask in chunks])
 
 
 def preference_accuracy(

@@ -23,12 +23,10 @@ SOURCES = {  # what is one's own, as argparse takes it
     **dict.fromkeys(("corpus", "preferences", "eval_preferences", "prompts", "eval_prompts"), FILE),
     **dict.fromkeys(("model", "reward_model"), MODEL), "score": dict(metavar="MODULE:FUNCTION"),
 }  # fmt: skip
-STAGE = {  # what each command takes that makes a run's folder
+OTHERS = {  # what some commands take, which is no setting of a stage
     "out": FOLDER,
     "preset": dict(choices=tuple(PRESETS), default="tiny"),
     "checkpoint_every": dict(default=EVERY, **NUMBER),
-}
-OTHERS = {  # what some commands take, which is no setting of a stage
     "chat": dict(action="store_true", default=None),
     "log_with": dict(action="append", metavar="NAME"),
     "long_pairs": dict(choices=("drop", "cut", "refuse"), default="drop"),
@@ -47,12 +45,14 @@ OTHERS = {  # what some commands take, which is no setting of a stage
     "picture": dict(option="out", default=Path("comparison.png"), **FILE),
     "lessons": dict(nargs="?", default=Path("lab"), **FOLDER),
 }
+STAGE = "out preset checkpoint_every "  # what each takes that makes a run's folder
 COMMANDS = {  # how it is typed, what of SOURCES and what of OTHERS it takes
     "run": ("[options]", "corpus preferences eval_preferences prompts eval_prompts model reward_model score",
-            "chat log_with long_pairs threads method resume opening_words critic sampler"),
-    "pretrain": ("[options]", "corpus", "threads"),
-    "reward": ("[options]", "model preferences eval_preferences", "chat long_pairs threads"),
-    "ppo": ("[options]", "prompts eval_prompts model reward_model score", "chat log_with threads critic sampler"),
+            STAGE + "chat log_with long_pairs threads method resume opening_words critic sampler"),
+    "pretrain": ("[options]", "corpus", STAGE + "threads"),
+    "reward": ("[options]", "model preferences eval_preferences", STAGE + "chat long_pairs threads"),
+    "ppo": ("[options]", "prompts eval_prompts model reward_model score",
+            STAGE + "chat log_with threads critic sampler"),
     "sample": ("[options]", "prompts model reward_model score",
                "chat threads policy prompt count max_new_tokens seed"),
     "summary": ("FOLDER [FOLDER ...]", "", "runs"),
@@ -148,28 +148,24 @@ def add_option(group: Any, name: str, *, option: str = "", **how: Any) -> None:
 def add_command(commands: Any, name: str) -> None:
     """One command with the options that it uses; its help text begins with a line on what it does."""
     usage, sources, others = COMMANDS[name]
-    (help, epilog), prog, stage = HELP[name].split("\n", 1), f"python -m rlhf_lessons {name}", name in USES
-    sub = commands.add_parser(
-        name, prog=prog, usage=f"{prog} {usage}", help=help, description=help[0].upper() + help[1:] + ".",
-        epilog=epilog + (HELP["run_folder"] if stage else ""),
-    )  # fmt: skip
+    (help, epilog), prog = HELP[name].split("\n", 1), f"python -m rlhf_lessons {name}"
+    sub = commands.add_parser(name, prog=prog, usage=f"{prog} {usage}", help=help,
+                              description=help[0].upper() + help[1:] + ".",
+                              epilog=epilog + (HELP["run_folder"] if name in USES else ""))  # fmt: skip
     group = sub.add_argument_group("your own data and models (the tiny world's where not given)")
     for source in sources.split():
         add_option(group, source, **SOURCES[source])
-    for option, how in STAGE.items() if stage else ():
-        add_option(sub, option, **how)
-    for section, names in USES[name].items() if stage else ():
-        add_settings(sub, section, names, tuple(METHODS) if name == "run" else ("ppo",))
     for option in others.split():
         add_option(sub, option, **OTHERS[option])
+    for section, names in USES.get(name, {}).items():
+        add_settings(sub, section, names, tuple(METHODS) if name == "run" else ("ppo",))
 
 
 def build_parser() -> Parser:
     """All commands and their options."""
-    parser = Parser(
-        prog="python -m rlhf_lessons", description=HELP["about"], epilog=HELP["commands"],
-        usage="python -m rlhf_lessons COMMAND [options]",
-    )  # fmt: skip
+    prog = "python -m rlhf_lessons"
+    texts = {"usage": f"{prog} COMMAND [options]", "description": HELP["about"], "epilog": HELP["commands"]}
+    parser = Parser(prog=prog, **texts)
     parser.add_argument("--version", action="version", version=f"rlhf_lessons {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name in COMMANDS:
