@@ -105,7 +105,7 @@ def show_comparison(arguments: argparse.Namespace) -> None:
 
 def show_progress(arguments: argparse.Namespace) -> None:
     """`progress`: a table of what a learner has solved."""
-    from rlhf_lessons.app.progress import progress_table
+    from rlhf_lessons.record import progress_table
 
     print(progress_table(arguments.lessons))
 
