@@ -60,6 +60,11 @@ def describe(rollout: Rollout) -> dict[str, Tensor]:
     }
 
 
+def sampler_error(rollout: Rollout) -> Tensor:
+    """Mean distance of the sampler's log-probabilities from the policy's own: mean_t |log π − log μ|."""
+    return masked_mean((rollout.log_probs - rollout.sampler_log_probs).abs(), rollout.response_mask)
+
+
 def joined(batches: Sequence[Rollout], *, pad_id: int) -> Rollout:
     """One batch of the rows of several, prompts padded on the left and responses on the right to the longest."""
     prompt, response = max(b.prompt_length for b in batches), max(b.responses.shape[1] for b in batches)
@@ -91,8 +96,8 @@ def response_log_probs(lm: nn.Module, samples: Samples, config: TrainerConfig) -
     """Log-probabilities (B, T) of the sampled tokens under a plain language model, in one pass over whole texts."""
 
     def log_probs(chunk: Samples) -> Tensor:
-        texts, asked = (chunk.tokens, chunk.attention_mask), chunk.response_mask
-        return token_terms(lm, *texts, asked, temperature=config.temperature).log_probs
+        mask = chunk.response_mask
+        return token_terms(lm, chunk.tokens, chunk.attention_mask, mask, temperature=config.temperature).log_probs
 
     return by_chunks(samples, config.scored_rows, log_probs)
 
@@ -121,17 +126,17 @@ def collect(
     samples = sample_batch(lm, input_ids, attention_mask, sample=sample, **options)
     exact = getattr(sample, "exact", True)
     log_probs = samples.sampler_log_probs if exact else response_log_probs(lm, samples, config)
-    tolerance = None if exact else getattr(sample, "tolerance", None)
-    if tolerance is not None:
-        distance = float(masked_mean((samples.sampler_log_probs - log_probs).abs(), samples.response_mask))
-        if not distance <= tolerance:
-            near = f"within {tolerance} of the policy's own on average"
-            raise ValueError(f"sampler's log-probabilities must be {near}; got {distance}")
     with as_reference(lm, reference) as held_to:
         ref_log_probs = response_log_probs(held_to, samples, config)
     penalty, mode = config.missing_eos_penalty, config.missing_eos_mode
     scores = missing_eos_scores(scorer(samples), samples.ended, penalty=penalty, mode=mode)
-    return Rollout(**vars(samples), log_probs=log_probs, ref_log_probs=ref_log_probs, scores=scores)
+    rollout = Rollout(**vars(samples), log_probs=log_probs, ref_log_probs=ref_log_probs, scores=scores)
+    tolerance = None if exact else getattr(sample, "tolerance", None)
+    if tolerance is not None and not (error := float(sampler_error(rollout))) <= tolerance:
+        near = f"within {tolerance} of the policy's own on average"
+        advice = "has it been given the weights of the last update?"
+        raise ValueError(f"sampler's log-probabilities must be {near}; got {error:.3g}: {advice}")
+    return rollout
 
 
 @torch.no_grad()
