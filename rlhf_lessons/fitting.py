@@ -68,7 +68,7 @@ def fit(
     POSITIVE.check("learning_rate", learning_rate)
     generator = torch.Generator().manual_seed(seed)
     trained, fused = [p for p in model.parameters() if p.requires_grad], device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(trained, learning_rate, (0.9, 0.95), weight_decay=weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)
     steps = max(1, round(epochs * math.ceil(len(lengths) / batch_size)))
     losses: list[float] = []
     if kept := keeper and keeper.load():

@@ -275,9 +275,10 @@ class GridWorld:
         mask = ~self.terminal[steps[..., 0]]
         s, a, after = torch.where(mask.unsqueeze(-1), steps, 0).unbind(dim=-1)
         log_moves = torch.where(mask, self.transition[s, a, after].log(), 0.0)
-        rewards, terminated = torch.where(mask, self.rewards[s, a, after], 0.0), mask & self.terminal[after]
-        env_log_prob = self.start[s[:, 0]].log() + log_moves.sum(dim=1)
-        return Trajectories(s, a, rewards, after, mask, terminated, env_log_prob)
+        return Trajectories(
+            states=s, actions=a, rewards=torch.where(mask, self.rewards[s, a, after], 0.0), next_states=after, mask=mask,
+            terminated=mask & self.terminal[after], env_log_prob=self.start[s[:, 0]].log() + log_moves.sum(dim=1),
+        )  # fmt: skip
 
     def _backup(self, values: Tensor) -> Tensor:
         """One step of look-ahead: Q(s,a) from the values of the next states, (S,) -> (S, A)."""

@@ -291,9 +291,10 @@ def preference_pairs(
 ) -> list[dict[str, str]]:  # fmt: skip
     """Annotated pairs as a list of dicts with `prompt`, `chosen`, `rejected`."""
     choices = annotate_pairs(prompts, responses_a, responses_b, generator, temperature=temperature)
-    chosen = zip(prompts, responses_a, responses_b, choices.tolist(), strict=True)
-    ordered = ((prompt, a, b) if a_wins else (prompt, b, a) for prompt, a, b, a_wins in chosen)
-    return [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in ordered]
+    return [
+        {"prompt": prompt, "chosen": a if a_wins else b, "rejected": b if a_wins else a}
+        for prompt, a, b, a_wins in zip(prompts, responses_a, responses_b, choices.tolist(), strict=True)
+    ]
 
 
 class Annotators(NamedTuple):
