@@ -275,8 +275,9 @@ class GridWorld:
         mask = ~self.terminal[steps[..., 0]]
         s, a, after = torch.where(mask.unsqueeze(-1), steps, 0).unbind(dim=-1)
         log_moves = torch.where(mask, self.transition[s, a, after].log(), 0.0)
+        rewards = torch.where(mask, self.rewards[s, a, after], 0.0)
         return Trajectories(
-            states=s, actions=a, rewards=torch.where(mask, self.rewards[s, a, after], 0.0), next_states=after, mask=mask,
+            states=s, actions=a, rewards=rewards, next_states=after, mask=mask,
             terminated=mask & self.terminal[after], env_log_prob=self.start[s[:, 0]].log() + log_moves.sum(dim=1),
         )  # fmt: skip
 

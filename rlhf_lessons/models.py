@@ -331,8 +331,8 @@ def read_checkpoint(auto_class: type, path: str | Path, **options: Any) -> Any:
         for name in ("activation_function", "hidden_act"):
             if getattr(config, name, None) == "gelu_new":
                 setattr(config, name, "gelu_pytorch_tanh")
-        options |= dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
-        loaded = auto_class.from_pretrained(str(path), config=config, **options)
+        options |= dict(dtype=torch.float32, use_safetensors=True)
+        loaded = auto_class.from_pretrained(str(path), config=config, trust_remote_code=False, **options)
     without_dropout(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
 
