@@ -42,13 +42,13 @@ def run_stage(arguments: argparse.Namespace) -> None:
     followed = tracked({*(getattr(arguments, "log_with", None) or ())}, folder.path, device=settings.method.device)
     try:
         with folder.in_use(), followed as folder.follow:
-            made = folder.path
             if arguments.command == "pretrain":
                 made = Path(pipeline.pretrain(found, settings, folder).name)
             elif arguments.command == "reward":
                 made = Path(pipeline.fit_reward(found, found.model, settings, folder).name)
             else:
-                print_summary(made, pipeline.run(found, settings, folder, arguments))
+                print_summary(folder.path, pipeline.run(found, settings, folder, arguments))
+                made = folder.path
     except BaseException:
         if folder.state.exists():
             say(f"\nrun --resume {folder.path} goes on from the last checkpoint")
@@ -141,8 +141,9 @@ def run_command(argv: list[str] | None) -> None:
     try:
         arguments = build_parser().parse_args(argv)
         arguments.words = sys.argv[1:] if argv is None else argv
-        tables = {"summary": show_summary, "compare": show_comparison, "progress": show_progress}
-        (tables | {"sample": show_samples}).get(arguments.command, run_stage)(arguments)
+        others = {"sample": show_samples, "summary": show_summary, "compare": show_comparison}
+        others |= {"progress": show_progress}
+        others.get(arguments.command, run_stage)(arguments)
     finally:
         flush()
 

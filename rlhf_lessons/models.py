@@ -120,8 +120,10 @@ class CausalLMWithValueHead(nn.Module):
             self.lm.save_pretrained(folder)
             if self.critic is not None:
                 self.critic.save_pretrained(folder / CRITIC_FOLDER)
-        head = {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()}
-        save_file(head, folder / VALUE_HEAD_FILE)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()},
+            folder / VALUE_HEAD_FILE,
+        )
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, critic: str | None = None) -> "CausalLMWithValueHead":

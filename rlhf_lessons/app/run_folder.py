@@ -146,9 +146,9 @@ class RunFolder:
             try:
                 for part in parts:
                     part.save_pretrained(partial)
+            except OSError:
+                raise
             except Exception as error:  # of safetensors and tokenizers, which have no OSError for a full disk
-                if isinstance(error, OSError):
-                    raise
                 raise ValueError(f"cannot write {self.path / name}: {error}") from error
         return self.path / name
 
