@@ -25,7 +25,7 @@ import torch
 
 import rlhf_lessons
 from rlhf_lessons import __main__ as commands
-from rlhf_lessons.app.options import HELP, USES, build_parser, check_given
+from rlhf_lessons.app.options import HELP, OTHERS, SOURCES, USES, WHAT, build_parser, check_given
 from rlhf_lessons.app.run_folder import read_metrics
 from rlhf_lessons.config import METHODS, PRESETS, ModelConfig, PPOConfig, PretrainConfig, RewardConfig, Settings
 from rlhf_lessons.models import ASSETS
@@ -672,6 +672,10 @@ def test_options_that_are_read_are_not_refused(options):
 def test_options_that_a_method_does_not_read_are_refused(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         check_given(build_parser().parse_args(["run", *options.split()]))
+
+
+def test_what_is_said_of_an_option_is_said_of_one_that_there_is():
+    assert WHAT.keys() == {**SOURCES, **OTHERS}.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
