@@ -12,8 +12,8 @@ from sampling import BOS, EOS, IDS, PAD, generator, repeated, teacher_forced
 from transformers import GPT2LMHeadModel
 
 from rlhf_lessons.data import encode_prompt, encode_response, pad
-from rlhf_lessons.generation import Sampler, eos_ids, respond, sample_tokens
-from rlhf_lessons.models import padding_route
+from rlhf_lessons.forward import padding_route
+from rlhf_lessons.generation import Sampler, answers, eos_ids, respond, sample_tokens
 from rlhf_lessons.rollout import collect_rollout, policy_outputs, reference_logits, sample_responses
 from rlhf_lessons.scoring import missing_eos_scores
 from rlhf_lessons.trainer import PPOConfig
@@ -231,6 +231,22 @@ def test_gradient_checkpointing_in_training_mode_changes_no_log_probability(arch
     assert lm.training
 
 
+def test_answers_stand_by_their_prompts_and_each_prompt_s_together(make_lm, tokenizer):
+    """In one batch; `respond` gives the same texts, batch after batch."""
+    lm, prompts = make_lm(), ["film", {"prompt": "good film", "label": 3}]
+    drawn = [prompt for prompt in prompts for _ in range(3)]
+    samples = answers(lm, tokenizer, drawn, max_new_tokens=4, each=3, generator=generator())
+    assert samples.group.tolist() == [0, 0, 0, 1, 1, 1]
+    assert [record.get("label") for record in samples.records] == [None] * 3 + [3] * 3
+    asked, texts = samples.texts(tokenizer)
+    assert asked == ["film"] * 3 + ["good film"] * 3 and len(set(texts)) > 1
+    assert respond(lm, tokenizer, drawn, max_new_tokens=4, generator=generator()) == texts
+    dice = generator()  # of which each part draws its own
+    first = [answers(lm, tokenizer, part, max_new_tokens=4, generator=dice) for part in (drawn[:2], drawn[2:4])]
+    parts = respond(lm, tokenizer, drawn[:4], max_new_tokens=4, generator=generator(), batch_size=2)
+    assert parts == [text for part in first for text in part.texts(tokenizer)[1]]
+
+
 def test_a_response_ends_at_whatever_end_the_model_names(make_lm, make_policy, make_trainer, tokenizer):
     """A tokenizer has one EOS; a chat model's generation settings may name several."""
     lm = make_lm()
@@ -290,6 +306,33 @@ def test_an_inexact_sampler_s_log_probs_are_held_to_its_tolerance(make_policy, m
         roll(-0.5, 0.1)
     with pytest.raises(ValueError, match="got nan"):
         roll(float("nan"), 0.1)
+
+
+def test_advantages_are_weighted_by_how_far_the_sampler_was_off(make_trainer, make_policy):
+    """Its log-probabilities are too high by .5: each token weighs e^−.5, of which a mask at 1.5 leaves nothing."""
+
+    def rolled(shift, **settings):
+        trainer = make_trainer(make_policy(), **settings)
+        if shift is not None:
+            trainer.sampler = Inexact(shift, None)
+        metrics = trainer.step()
+        return trainer.batch, metrics
+
+    exact, metrics = rolled(None)
+    assert "sampler_error" not in metrics
+    assert torch.equal(exact.advantages, rolled(None, sampler_correction="none")[0].advantages), "1, to the bit"
+    for settings, weight in (
+        ({}, math.exp(-0.5)),
+        (dict(sampler_correction="none"), 1),
+        (dict(sampler_correction="mask"), math.exp(-0.5)),
+        (dict(sampler_correction="mask", sampler_cap=1.5), 0),
+        (dict(sampler_correction_level="sequence"), (-0.5 * exact.response_mask.sum(dim=1, keepdim=True)).exp()),
+    ):
+        batch, metrics = rolled(0.5, **settings)
+        torch.testing.assert_close(batch.advantages, exact.advantages * weight, atol=1e-5, rtol=1e-4)
+        assert metrics["sampler_error"] == pytest.approx(0.5, abs=1e-5)
+    batch, _ = rolled(-2.0)
+    torch.testing.assert_close(batch.advantages, exact.advantages * 2, atol=1e-5, rtol=1e-4)  # e², cut off at 2
 
 
 def test_a_ratio_that_is_not_one_stops_the_first_update(make_trainer, make_policy):
