@@ -116,3 +116,19 @@ def test_an_engine_s_run_reports_the_log_and_the_policy_itself(monkeypatch):
         run = beyond.engine_run(engine, {"sampler_correction": "none"}, 0, **small)
         assert set(run["policy"]) == names and {len(x) for x in run["policy"].values()} == {2}
         assert (run["log"]["sampler_error"][0] > 0.1) == (engine == "coarse")  # the first weights are not stale yet
+
+
+def between(values):
+    """The range as the page writes it."""
+    low, high = (f"{x:.2f}".replace("-", "−") for x in (min(values), max(values)))
+    return f"{low} to {high}"
+
+
+def test_the_page_says_what_became_of_policies_that_learned_from_another_engine():
+    runs = kept("many_machines")["runs"]
+    page = (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
+    for name in beyond.CORRECTIONS:
+        sums = [run["policy"]["held_out"][-1] for run in runs["coarse"][name]]
+        gold = [run["policy"]["gold"] for run in runs["stale"][name]]
+        cells = between(sums), between([x[-1] for x in gold]), between([min(x[1:]) for x in gold])
+        assert f"| {name} | " + " | ".join(cells) + " |" in page
