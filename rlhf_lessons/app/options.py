@@ -56,6 +56,9 @@ EXAMPLES = {
     "compare": """\
   python -m rlhf_lessons compare runs/* --out figures/betas.png
 """,
+    "hand-over": """\
+  python -m rlhf_lessons hand-over --to trl runs/first
+""",
     "progress": """\
   python -m rlhf_lessons progress
 """,
@@ -102,6 +105,9 @@ USES = {  # command -> the settings that it reads, section by section; None for 
     "ppo": {"model": None, "method": None},
 }
 CRITICS = ("shared", "separate")
+TRAINED = ("ppo", "rloo", "grpo", "dpo")
+# Whom a run can be handed over to -> of which methods.
+ENGINES = {"trl": TRAINED, "openrlhf": TRAINED, "verl": TRAINED[:3], "vllm": tuple(METHODS)}
 # DPO learns from pairs itself, whatever it is measured by.
 BOTH = tuple(itertools.product(("preferences", "num_preferences"), ("score", "reward_model")))
 KINDS = {"pretrain": PretrainConfig, "reward": RewardConfig, "model": ModelConfig}
@@ -287,6 +293,11 @@ def build_parser() -> Parser:
     comparison.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="folders of runs, stopped ones too")
     help = "new picture (.png) of their curves, one over another (default: comparison.png)"
     comparison.add_argument("--out", type=Path, metavar="FILE", default=Path("comparison.png"), help=help)
+    handed = add_command(commands, "hand-over", "a finished run as a folder that another engine starts from")
+    handed.usage = f"{handed.prog} --to NAME FOLDER [--out FOLDER]"
+    handed.add_argument("run", type=Path, metavar="FOLDER", help="folder of a finished run")
+    handed.add_argument("--to", choices=tuple(ENGINES), required=True, help="the engine")
+    handed.add_argument("--out", type=Path, metavar="FOLDER", help="new folder (default: the run's name and NAME)")
     solved = add_command(
         commands, "progress", "the exercises and hunts of your copy of the lessons, and which are solved"
     )
