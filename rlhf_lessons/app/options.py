@@ -245,6 +245,15 @@ def add_run_options(run: Parser) -> None:
     )  # fmt: skip
 
 
+def add_hand_over(commands: Any) -> None:
+    """The command `hand-over`."""
+    handed = add_command(commands, "hand-over", "a finished run as a folder that another engine starts from")
+    handed.usage = f"{handed.prog} --to NAME FOLDER [--out FOLDER]"
+    handed.add_argument("run", type=Path, metavar="FOLDER", help="folder of a finished run")
+    handed.add_argument("--to", choices=tuple(ENGINES), required=True, help="the engine")
+    handed.add_argument("--out", type=Path, metavar="FOLDER", help="new folder (default: the run's name and NAME)")
+
+
 def build_parser() -> Parser:
     """All commands and their options."""
     parser = Parser(
@@ -293,11 +302,7 @@ def build_parser() -> Parser:
     comparison.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="folders of runs, stopped ones too")
     help = "new picture (.png) of their curves, one over another (default: comparison.png)"
     comparison.add_argument("--out", type=Path, metavar="FILE", default=Path("comparison.png"), help=help)
-    handed = add_command(commands, "hand-over", "a finished run as a folder that another engine starts from")
-    handed.usage = f"{handed.prog} --to NAME FOLDER [--out FOLDER]"
-    handed.add_argument("run", type=Path, metavar="FOLDER", help="folder of a finished run")
-    handed.add_argument("--to", choices=tuple(ENGINES), required=True, help="the engine")
-    handed.add_argument("--out", type=Path, metavar="FOLDER", help="new folder (default: the run's name and NAME)")
+    add_hand_over(commands)
     solved = add_command(
         commands, "progress", "the exercises and hunts of your copy of the lessons, and which are solved"
     )

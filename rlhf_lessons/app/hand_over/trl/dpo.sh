@@ -6,5 +6,5 @@ exec trl dpo --model_name_or_path policy --dataset_name preferences --output_dir
   --per_device_train_batch_size {dpo_batch_size} --gradient_accumulation_steps 1 \
   --learning_rate {dpo_learning_rate} --lr_scheduler_type linear --warmup_steps 0.05 \
   --adam_beta2 0.95 --weight_decay 0.01 --max_length {context} \
-  --dtype float32 --bf16 {bf16} --gradient_checkpointing {gradient_checkpointing} --seed {seed} \
+  --dtype float32 --bf16 {precision} --gradient_checkpointing {gradient_checkpointing} --seed {seed} \
   --logging_steps 1 --report_to none "$@"
