@@ -40,6 +40,9 @@ SCORE = """
 def marked(prompts, responses, mark, ended):
     rows = zip(prompts, responses, mark, ended)
     return [m * len(prompt.split()) + response.count("good") + 10 * done for prompt, response, m, done in rows]
+
+def counted(prompts, responses):
+    return [response.count("good") for response in responses]
 """
 ENTRIES = {"trl": "reward", "openrlhf": "reward_func", "verl": "compute_score"}
 NAMES = ("trl", "openrlhf", "verl")
