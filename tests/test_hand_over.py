@@ -27,7 +27,8 @@ from rlhf_lessons.models import CausalLMWithValueHead, load_causal_lm, load_rewa
 from rlhf_lessons.scoring import ModelScorer, TextScorer, missing_eos_scores
 
 FAST = "--num-iterations 2 --batch-size 8 --minibatch-size 4 --ppo-epochs 3 --max-new-tokens 4 --device cpu".split()
-GROUPS = "--samples-per-prompt 2 --clip-eps-high 0.3 --temperature 0.9 --warmup-iterations 1".split()
+GROUPS = "--samples-per-prompt 2 --gradient-accumulation-steps 2 --warmup-iterations 1".split()
+GROUPS += "--clip-eps-high 0.3 --temperature 0.9".split()
 PAIRS = [
     {"prompt": "film", "chosen": "good .", "rejected": "bad bad ."},
     {"prompt": "", "chosen": "good", "rejected": "."},
@@ -315,7 +316,7 @@ def test_trls_command_has_the_runs_settings(handed, tmp_path):
     words = typed(handed("marks", "trl"), "run.sh", "--use_cpu", tmp_path=tmp_path)
     assert words[:2] == ["trl", "grpo"] and words[-1] == "--use_cpu"
     expected = dict(
-        num_generations="2", per_device_train_batch_size="4", gradient_accumulation_steps="1", steps_per_generation="2",
+        num_generations="2", per_device_train_batch_size="2", gradient_accumulation_steps="2", steps_per_generation="4",
         num_iterations="3", max_steps="12", warmup_steps="6", max_completion_length="4", temperature="0.9",
         learning_rate="0.001", beta="0.05", epsilon="0.2", epsilon_high="0.3", loss_type="dapo", scale_rewards="group",
         lr_scheduler_type="linear", bf16="False", reward_funcs="reward.reward", seed="0", weight_decay="0.0",

@@ -94,9 +94,8 @@ def read_again(run: Path, to: str) -> Finished:
             changed = found.given[name] or "what is shipped"
             raise ValueError(f"{name} must be what the run was given; {changed} is something else now")
     own = [path if (path := run / name).is_dir() else None for name in ("policy", "base_model", "reward_model")]
-    policy = load_model(
-        Policy.from_pretrained if method == "ppo" else load_causal_lm, own[0] or own[1] or found.model.name
-    )
+    load = Policy.from_pretrained if method == "ppo" else load_causal_lm
+    policy = load_model(load, own[0] or own[1] or found.model.name)  # best-of-n trains none
     reward = load_model(load_reward_model, own[2]) if own[2] else found.reward_model
     return Finished(method, settings, found, getattr(arguments, "opening_words", 0), policy, reward)
 
@@ -138,7 +137,7 @@ def write_data(folder: Path, to: str, run: Finished) -> dict[str, Any]:
 
 def as_text(tokenizer: "PreTrainedTokenizerBase", ids: list[int], *, special: bool) -> str | None:
     """The text that a tokenizer, with its special tokens or without, reads as these very ids; None if there is none."""
-    texts = text_of(tokenizer, ids), text_of(tokenizer, without_begin(tokenizer, ids))
+    texts = (text_of(tokenizer, some) for some in (ids, without_begin(tokenizer, ids)))
     return next((text for text in texts if tokenizer(text, add_special_tokens=special).input_ids == ids), None)
 
 
@@ -221,8 +220,8 @@ def write_reward(folder: Path, to: str, run: Finished) -> None:
     known = ("max_new_tokens", "temperature", "seed", "missing_eos_penalty", "missing_eos_mode")
     ends, (module, _, function) = eos_ids(run.lm, tokenizer), (score or "").partition(":")
     settings = {name: config[name] for name in known} | {"end_ids": ends, "function": function}
-    settings |= {"ends": [text_of(tokenizer, [end]) for end in ends]}
-    settings |= {"between": "" if writes_spaces(tokenizer) else " "}
+    settings["ends"] = [text_of(tokenizer, [end]) for end in ends]
+    settings["between"] = "" if writes_spaces(tokenizer) else " "
     (folder / "hand_over.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if to != "vllm":
         pieces = ("reward.txt", "function.txt" if score else "model.txt", f"{to}/reward.txt")
