@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 from rlhf_lessons import __main__ as commands
 from rlhf_lessons import data
 from rlhf_lessons.app.hand_over import hand_over
+from rlhf_lessons.app.inputs import Model, choose_score
 from rlhf_lessons.app.options import ENGINES
 from rlhf_lessons.generation import sample_batch
 from rlhf_lessons.models import CausalLMWithValueHead, load_causal_lm, load_reward_model, load_tokenizer
@@ -82,6 +84,7 @@ def world(tmp_path_factory, make_lm, make_reward_model, make_tokenizer):
             "ppo": [*given, *FAST, "--critic", "separate", "--missing-eos-penalty", "0.5"],
             "spelled": [*letters, *FAST, "--missing-eos-mode", "replace"],
             "marks": [*marks, *FAST, "--method", "grpo", *GROUPS, "--kl-in", "loss", "--kl-kind", "k3"],
+            "foreign": [*letters[:-1], "reward", *FAST],
             "rloo": [*given, *FAST, "--method", "rloo", *GROUPS],
             "dpo": [*learnt, *"--method dpo --dpo-batch-size 4 --num-iterations 2 --batch-size 8".split()],
             "best": [*given, *"--method best-of-n --n 4 --batch-size 4 --max-new-tokens 4 --device cpu".split()],
@@ -190,6 +193,30 @@ def test_the_reward_is_the_runs_own(run, model, to, handed, world):
         plain = torch.tensor([a == b for a, b in zip(again, ids, strict=True)])
         assert plain.sum() > 10
     torch.testing.assert_close(found[plain], expected[plain], atol=1e-5, rtol=1e-5)
+
+
+def test_a_reward_model_with_words_of_its_own_reads_texts(handed, world):
+    """As in the run (`inputs.choose_score`): with its own begin and end tokens, which the policy's texts lack."""
+    policy = load_tokenizer(world / "letters")
+    prompts, responses, ended = ["film", "good film"], [" good .", " bad bad film"], [True, False]
+    model = Model(load_reward_model(world / "reward"), load_tokenizer(world / "reward"), "reward")
+    given = SimpleNamespace(score=None)
+    expected = choose_score(given, model, policy, device="cpu")(prompts, responses, prompts, ended)
+    ids = [policy(text, add_special_tokens=False).input_ids for text in responses]
+    for to, path in (("trl", "prompts/train.jsonl"), ("openrlhf", "prompts.jsonl")):
+        folder = handed("foreign", to)
+        rows, function = rows_of(folder / path)[:2], reward_of(folder, to)
+        if to == "trl":
+            ids[0].append(policy.eos_token_id)
+            found = function([row["prompt"] for row in rows], ids, [row["record"] for row in rows])
+        else:
+            texts = [
+                row["prompt"] + text for row, text in zip(rows, (responses[0] + "<eos>", responses[1]), strict=True)
+            ]
+            found = [
+                float(function([q], [r["prompt"]], [r["label"]])["rewards"]) for q, r in zip(texts, rows, strict=True)
+            ]
+        assert found == pytest.approx((expected - torch.tensor([0.0, 1.0])).tolist(), abs=1e-5)
 
 
 def test_a_reward_models_normalisation_is_in_its_head(handed, world):

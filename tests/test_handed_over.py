@@ -31,7 +31,11 @@ from rlhf_lessons.models import (
 )
 from rlhf_lessons.scoring import ModelScorer, ids_log_probs, missing_eos_scores, score_ids
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+HERE = any(map(importlib.util.find_spec, ("trl", "verl", "openrlhf"))) or "VLLM_PYTHON" in os.environ
+pytestmark = [
+    pytest.mark.skipif(not HERE, reason="none of the engines is installed"),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 
 def expected_scores(world, samples):
@@ -335,7 +339,7 @@ def test_vllm_samples_from_the_policy(world, tmp_path, make_lm, make_tokenizer, 
     assert done.returncode == 0, done.stderr[-2000:]
     lm, rows = load_causal_lm(folder / "policy"), rows_of(folder / "responses.jsonl")
     bar_unused_ids(lm, load_tokenizer(folder / "policy"))
-    assert len(rows) == 6 and max(i for row in rows for i in row["ids"]) < 7
+    assert len(rows) == 6 and max(i for row in rows for i in row["ids"]) < 8
     asked, said = ([row[name] for row in rows] for name in ("prompt_token_ids", "ids"))
     with torch.no_grad():
         found = ids_log_probs(lm, asked, said, pad_id=0, temperature=0.7)

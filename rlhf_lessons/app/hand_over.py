@@ -105,33 +105,27 @@ def read_again(run: Path, to: str) -> Finished:
 
 def write_data(folder: Path, to: str, run: Finished) -> dict[str, Any]:
     """The prompts and, where the run learnt from pairs, those, as the engine reads them; numbers to be said of them."""
-    config, tokenizer, found, special = run.settings.method, run.policy.tokenizer, run.found, to == "trl"
+    config, tokenizer, found = run.settings.method, run.policy.tokenizer, run.found
     options = dict(opening_words=run.opening_words, seed=config.seed, max_new_tokens=config.max_new_tokens)
-    given = {"prompts": choose_prompts(found, **options), "eval_prompts": found.eval_prompts or ()}
+    records = [as_record(prompt) for prompt in choose_prompts(found, **options)]
+    ids = [encode_prompt(tokenizer, record["prompt"]) for record in records]
+    given = {"prompts": [prompt_row(run, to, *row) for row in zip(range(len(ids)), records, ids, strict=True)]}
     if to in ("trl", "openrlhf") and (run.method == "dpo" or (found.reward_model is None and found.score is None)):
         base = found.model or run.policy
         base = Model(getattr(base.network, "lm", base.network), base.tokenizer, base.name)
-        given |= zip(("preferences", "eval_preferences"), choose_preferences(found, base, run.settings), strict=True)
-    said: dict[str, Any] = {"longest_prompt": 0, "preferences": 0, "left_out": 0}
-    for name, records in given.items():
-        if "preferences" in name:
-            rows = [pair_row(tokenizer, pair, special=special) for pair in records]
-        else:
-            ids = [encode_prompt(tokenizer, as_record(record)["prompt"]) for record in records]
-            rows = [prompt_row(run, to, *row) for row in enumerate(zip(map(as_record, records), ids, strict=True))]
-            said["longest_prompt"] = max(said["longest_prompt"], *map(len, ids), 0)
+        pairs, _ = choose_preferences(found, base, run.settings)
+        given["preferences"] = [pair_row(tokenizer, pair, special=to == "trl") for pair in pairs]
+    said = {"longest_prompt": max(map(len, ids)), "preferences": 0}
+    said["left_out"] = sum(rows.count(None) for rows in given.values())
+    for name, rows in given.items():
         rows = [row for row in rows if row is not None]
-        said["left_out"] += len(records) - len(rows)
-        if name == "prompts" and rows:
+        if not rows:
+            raise ValueError(f"{name} must be texts that {to}'s tokenizer reads as this package does; got none")
+        if name == "prompts":
             rows *= math.ceil(config.batch_size / len(rows))  # too few of them would not fill a batch
-        said[name] = len(rows)
-        kind, split = name.removeprefix("eval_"), "test" if name.startswith("eval_") else "train"
-        if rows:
-            path = folder / (f"{kind}/{split}.jsonl" if to == "trl" else f"{name}.jsonl")
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    if not said["prompts"]:
-        raise ValueError(f"prompts must be texts that {to}'s tokenizer reads as this package does; got none")
+        said[name], path = len(rows), folder / (f"{name}/train.jsonl" if to == "trl" else f"{name}.jsonl")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return said
 
 
@@ -150,10 +144,10 @@ def pair_row(tokenizer: "PreTrainedTokenizerBase", pair: Any, *, special: bool) 
     return {"prompt": before} | dict(zip(("chosen", "rejected"), (x[len(before) :] for x in whole), strict=True))
 
 
-def prompt_row(run: Finished, to: str, index: int, prompt: tuple[Any, list[int]]) -> dict[str, Any] | None:
+def prompt_row(run: Finished, to: str, index: int, record: Any, ids: list[int]) -> dict[str, Any] | None:
     """A prompt in an engine's columns, beside it, as JSON, what its reward reads of it; None if it has no text."""
-    (record, ids), tokenizer = prompt, run.policy.tokenizer
-    text, shown = as_text(tokenizer, ids, special=to == "trl"), record["prompt"]
+    tokenizer, shown = run.policy.tokenizer, record["prompt"]
+    text = as_text(tokenizer, ids, special=to == "trl")
     if not isinstance(shown, str):
         shown = text_of(tokenizer, without_begin(tokenizer, ids))
     kept = {**record, "prompt": shown}
@@ -223,11 +217,12 @@ def write_reward(folder: Path, to: str, run: Finished) -> None:
     settings["ends"] = [text_of(tokenizer, [end]) for end in ends]
     settings["between"] = "" if writes_spaces(tokenizer) else " "
     (folder / "hand_over.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if to != "vllm":
-        pieces = ("reward.txt", "function.txt" if score else "model.txt", f"{to}/reward.txt")
-        code = "\n\n".join((TEXTS / piece).read_text(encoding="utf-8") for piece in pieces)
-        (folder / "reward.py").write_text(code, encoding="utf-8")
-    if score and to != "vllm":
+    if to == "vllm":
+        return
+    pieces = ("reward.txt", "function.txt" if score else "model.txt", f"{to}/reward.txt")
+    code = "\n\n".join((TEXTS / piece).read_text(encoding="utf-8") for piece in pieces)
+    (folder / "reward.py").write_text(code, encoding="utf-8")
+    if score:
         shutil.copy(sys.modules[module].__file__, folder / "score.py")
 
 
