@@ -22,7 +22,7 @@ from transformers import (
 from rlhf_lessons import __main__ as commands
 from rlhf_lessons import data
 from rlhf_lessons.app.hand_over import hand_over
-from rlhf_lessons.app.inputs import Model, choose_score
+from rlhf_lessons.app.inputs import Inputs, Model
 from rlhf_lessons.app.options import ENGINES
 from rlhf_lessons.generation import sample_batch
 from rlhf_lessons.models import CausalLMWithValueHead, load_causal_lm, load_reward_model, load_tokenizer
@@ -200,8 +200,8 @@ def test_a_reward_model_with_words_of_its_own_reads_texts(handed, world):
     policy = load_tokenizer(world / "letters")
     prompts, responses, ended = ["film", "good film"], [" good .", " bad bad film"], [True, False]
     model = Model(load_reward_model(world / "reward"), load_tokenizer(world / "reward"), "reward")
-    given = SimpleNamespace(score=None)
-    expected = choose_score(given, model, policy, device="cpu")(prompts, responses, prompts, ended)
+    score = Inputs.choose_score(SimpleNamespace(score=None), model, policy, device="cpu")
+    expected = score(prompts, responses, prompts, ended)
     ids = [policy(text, add_special_tokens=False).input_ids for text in responses]
     for to, path in (("trl", "prompts/train.jsonl"), ("openrlhf", "prompts.jsonl")):
         folder = handed("foreign", to)

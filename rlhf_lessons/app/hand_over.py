@@ -11,27 +11,22 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from rlhf_lessons import data, models
 from rlhf_lessons.adapters import has_adapter, merged_weights
-from rlhf_lessons.app.inputs import Inputs, Model, choose_prompts, load_model, resolve
+from rlhf_lessons.app.inputs import Inputs, Model, load_model, resolve
 from rlhf_lessons.app.options import ENGINES, build_parser, method_of, settings_from
 from rlhf_lessons.app.pipeline import choose_preferences
 from rlhf_lessons.app.resume import digests
 from rlhf_lessons.app.run_folder import holding_a_run
 from rlhf_lessons.checkpoint import written_whole
 from rlhf_lessons.config import DPOConfig, GRPOConfig, Settings
-from rlhf_lessons.data import as_record, encode_pair, encode_prompt, is_chat, text_of, without_begin, writes_spaces
 from rlhf_lessons.forward import context_of
 from rlhf_lessons.generation import eos_ids
-from rlhf_lessons.models import CausalLMWithValueHead as Policy
-from rlhf_lessons.models import RewardModel, load_causal_lm, load_reward_model, quiet_transformers, value_classifier
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TEXTS = Path(__file__).parent / "hand_over"
 CRITICS = {"openrlhf": "sequence", "verl": "token"}  # what kind of classifier an engine's critic is
@@ -68,7 +63,7 @@ def hand_over(run: Path, to: str, out: Path | None = None) -> Path:
         raise ValueError(f"--out must be a new folder; {target} is there")
     finished = read_again(run, to)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(target) as folder, quiet_transformers():
+    with written_whole(target) as folder, models.quiet_transformers():
         folder.mkdir()
         said = write_data(folder, to, finished) | write_models(folder, to, finished)
         write_reward(folder, to, finished)
@@ -94,9 +89,9 @@ def read_again(run: Path, to: str) -> Finished:
             changed = found.given[name] or "what is shipped"
             raise ValueError(f"{name} must be what the run was given; {changed} is something else now")
     own = [path if (path := run / name).is_dir() else None for name in ("policy", "base_model", "reward_model")]
-    load = Policy.from_pretrained if method == "ppo" else load_causal_lm
+    load = models.CausalLMWithValueHead.from_pretrained if method == "ppo" else models.load_causal_lm
     policy = load_model(load, own[0] or own[1] or found.model.name)  # best-of-n trains none
-    reward = load_model(load_reward_model, own[2]) if own[2] else found.reward_model
+    reward = load_model(models.load_reward_model, own[2]) if own[2] else found.reward_model
     return Finished(method, settings, found, getattr(arguments, "opening_words", 0), policy, reward)
 
 
@@ -107,8 +102,8 @@ def write_data(folder: Path, to: str, run: Finished) -> dict[str, Any]:
     """The prompts and, where the run learnt from pairs, those, as the engine reads them; numbers to be said of them."""
     config, tokenizer, found = run.settings.method, run.policy.tokenizer, run.found
     options = dict(opening_words=run.opening_words, seed=config.seed, max_new_tokens=config.max_new_tokens)
-    records = [as_record(prompt) for prompt in choose_prompts(found, **options)]
-    ids = [encode_prompt(tokenizer, record["prompt"]) for record in records]
+    records = [data.as_record(prompt) for prompt in found.choose_prompts(**options)]
+    ids = [data.encode_prompt(tokenizer, record["prompt"]) for record in records]
     given = {"prompts": [prompt_row(run, to, *row) for row in zip(range(len(ids)), records, ids, strict=True)]}
     if to in ("trl", "openrlhf") and (run.method == "dpo" or (found.reward_model is None and found.score is None)):
         base = found.model or run.policy
@@ -129,15 +124,15 @@ def write_data(folder: Path, to: str, run: Finished) -> dict[str, Any]:
     return said
 
 
-def as_text(tokenizer: "PreTrainedTokenizerBase", ids: list[int], *, special: bool) -> str | None:
+def as_text(tokenizer: data.Tokenizer, ids: list[int], *, special: bool) -> str | None:
     """The text that a tokenizer, with its special tokens or without, reads as these very ids; None if there is none."""
-    texts = (text_of(tokenizer, some) for some in (ids, without_begin(tokenizer, ids)))
+    texts = (data.text_of(tokenizer, some) for some in (ids, data.without_begin(tokenizer, ids)))
     return next((text for text in texts if tokenizer(text, add_special_tokens=special).input_ids == ids), None)
 
 
-def pair_row(tokenizer: "PreTrainedTokenizerBase", pair: Any, *, special: bool) -> dict[str, str] | None:
+def pair_row(tokenizer: data.Tokenizer, pair: Any, *, special: bool) -> dict[str, str] | None:
     """A pair as texts, EOS included, that are read as it was learnt from; None if there are none."""
-    prompt, *answers = encode_pair(tokenizer, pair)
+    prompt, *answers = data.encode_pair(tokenizer, pair)
     before, *whole = (as_text(tokenizer, prompt + answer, special=special) for answer in ([], *answers))
     if before is None or not all(text and text.startswith(before) for text in whole):
         return None
@@ -149,12 +144,12 @@ def prompt_row(run: Finished, to: str, index: int, record: Any, ids: list[int]) 
     tokenizer, shown = run.policy.tokenizer, record["prompt"]
     text = as_text(tokenizer, ids, special=to == "trl")
     if not isinstance(shown, str):
-        shown = text_of(tokenizer, without_begin(tokenizer, ids))
+        shown = data.text_of(tokenizer, data.without_begin(tokenizer, ids))
     kept = {**record, "prompt": shown}
     if run.found.score is None:
         own = run.reward.tokenizer
-        chat = is_chat(record["prompt"]) and own.chat_template
-        kept = {"prompt": text_of(own, encode_prompt(own, record["prompt"] if chat else shown))}
+        chat = data.is_chat(record["prompt"]) and own.chat_template
+        kept = {"prompt": data.text_of(own, data.encode_prompt(own, record["prompt"] if chat else shown))}
     kept, chat = json.dumps(kept), [{"role": "user", "content": text}]
     rows = {"trl": {"prompt": text, "record": kept}, "openrlhf": {"prompt": text, "label": kept}}
     rows["verl"] = {"data_source": "rlhf_lessons", "prompt": chat, "extra_info": {"index": index}}
@@ -173,7 +168,7 @@ def write_models(folder: Path, to: str, run: Finished) -> dict[str, float]:
         tokenizer.chat_template = AS_IT_STANDS
     parts = {"policy": (merged(run.lm), tokenizer)}
     if run.method == "ppo" and to in CRITICS:
-        parts["critic"] = value_classifier(run.policy.network, of=CRITICS[to]), tokenizer
+        parts["critic"] = models.value_classifier(run.policy.network, of=CRITICS[to]), tokenizer
         said["bias"] = run.policy.network.value_head.bias.item()
     if run.found.score is None and to != "vllm":
         parts["reward_model"] = folded(run.reward.network), run.reward.tokenizer
@@ -196,7 +191,7 @@ def merged(lm: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def folded(model: RewardModel) -> RewardModel:
+def folded(model: models.RewardModel) -> models.RewardModel:
     """The same scores, in place, by a head that is 1/std times the old one: what is subtracted is then mean/std.
 
     A head without a bias has no place for that: it stays in the configuration, as `reward_mean`.
@@ -214,8 +209,8 @@ def write_reward(folder: Path, to: str, run: Finished) -> None:
     known = ("max_new_tokens", "temperature", "seed", "missing_eos_penalty", "missing_eos_mode")
     ends, (module, _, function) = eos_ids(run.lm, tokenizer), (score or "").partition(":")
     settings = {name: config[name] for name in known} | {"end_ids": ends, "function": function}
-    settings["ends"] = [text_of(tokenizer, [end]) for end in ends]
-    settings["between"] = "" if writes_spaces(tokenizer) else " "
+    settings["ends"] = [data.text_of(tokenizer, [end]) for end in ends]
+    settings["between"] = "" if data.writes_spaces(tokenizer) else " "
     (folder / "hand_over.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if to == "vllm":
         return
