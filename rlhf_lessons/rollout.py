@@ -136,7 +136,9 @@ def collect(
         distance = float(masked_mean((samples.sampler_log_probs - log_probs).abs(), samples.response_mask))
         if not distance <= tolerance:
             raise ValueError(
-                f"sampler's log-probabilities must be within {tolerance} of the policy's own on average; got {distance}"
+                f"sampler's log-probabilities must be within {tolerance} of the policy's own on average; got "
+                f"{distance}: look for weights that it was not given after the last update (Sampler.update), another "
+                "temperature or another precision"
             )
     with as_reference(lm, reference) as held_to:
         ref_log_probs = response_log_probs(held_to, samples, config)

@@ -267,8 +267,9 @@ def build_parser() -> Parser:
             help="whether PPO's critic shares the policy's trunk or has its own (default: shared)",
         )  # fmt: skip
         sub.add_argument(
-            "--sampler", choices=("plain", "static"), default="plain",
-            help="how responses are drawn; static: fixed shapes, on a GPU in a CUDA graph (default: plain)",
+            "--sampler", choices=("plain", "static", "vllm"), default="plain",
+            help="how responses are drawn; static: fixed shapes, on a GPU in a CUDA graph; vllm: by that engine, in "
+            "the environment that `make vllm` sets up (default: plain)",
         )  # fmt: skip
     sample = add_command(
         commands, "sample", "responses of a model before and after PPO, side by side, with scores",
@@ -320,6 +321,8 @@ def check_given(arguments: argparse.Namespace) -> None:
             raise ValueError(f"give --{typed(name)} with --method {' or '.join(readers)}: {method} does not read it")
     if method == "dpo" and "corpus" in given and "preferences" not in given:
         raise ValueError("give --preferences with --corpus: DPO learns from them, and the tiny world has none")
+    if method == "dpo" and values["sampler"] == "vllm":
+        raise ValueError("give --sampler plain or static with --method dpo: its fit hands an engine no weights")
     if values["command"] == "pretrain":
         given &= {"corpus", "vocab_size"}  # it reads the other sizes without a corpus too
     for names, needed, others, why in READ:

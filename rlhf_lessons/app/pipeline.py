@@ -70,6 +70,7 @@ def describe(inputs: Inputs, settings: Settings, arguments: argparse.Namespace) 
 def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argparse.Namespace) -> dict[str, Any]:
     """`run` and `ppo`: the whole pipeline; a stage whose result is given is left out. Returns the method's summary."""
     config, method, words = settings.method, method_of(arguments), getattr(arguments, "opening_words", 0)
+    sampler = sampler_named(arguments.sampler)  # what is not installed is said now, not after the fits
     prompts = choose_prompts(inputs, opening_words=words, seed=config.seed, max_new_tokens=config.max_new_tokens)
     base, asked = inputs.model, [*prompts, *(inputs.eval_prompts or ())]
     if base is None:
@@ -106,7 +107,7 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
         )  # fmt: skip
     return align(
         method, config, policy, score, prompts, base.tokenizer, folder=folder, pairs=pairs, gold=inputs.tiny_world,
-        sampler=sampler_named(arguments.sampler), eval_prompts=inputs.eval_prompts or (),
+        sampler=sampler, eval_prompts=inputs.eval_prompts or (),
     )  # fmt: skip
 
 
@@ -225,6 +226,10 @@ def sampler_named(name: str) -> Callable[..., Any] | None:
     """The sampler that an option names; None for the trainer's own."""
     if name == "plain":
         return None
+    if name == "vllm":
+        from rlhf_lessons.engines.vllm import VLLMSampler
+
+        return VLLMSampler()
     from rlhf_lessons.engines.static import StaticSampler
 
     return StaticSampler()
