@@ -3,11 +3,11 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help ppo test proof notebooks lab figures assets mutants bench engines real survive gpu lint clean
+.PHONY: help ppo test proof notebooks lab figures assets mutants bench engines real survive gpu gpu-check gpu-speed lint clean
 
 # First, so that `make` alone makes nothing.
 help:                   ## this list
-	@awk -F ':.*## ' 'NR == 1 { print substr($$0, 3) } /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' 'NR == 1 { print substr($$0, 3) } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 ppo: $(READY)           ## align the tiny language model and write its report
 	$(PY) -m rlhf_lessons run $(ARGS)
@@ -56,14 +56,20 @@ real: $(READY)          ## SmolLM2-135M-Instruct on real text: an hour on two co
 survive: $(READY)       ## kill runs at random moments, continue them, and compare what they leave
 	$(PY) tests/survive.py $(ARGS)
 
-gpu: $(READY)           ## all that needs a GPU: tests skipped without one, speed, and a run if CORPUS and PREFERENCES are given
-	$(PY) -m pytest tests/test_static.py -q
-	$(PY) tests/bench --gpu $(ARGS)
+# Where nothing can be installed: make gpu-check PY=python3 READY=, with what requirements.txt names there already.
+GPU ?= figures/gpu
+gpu: $(READY) gpu-check gpu-speed  ## both parts of what needs a GPU, one after the other
+
+gpu-check: $(READY)     ## the tests that need a GPU, and a run at GPT-2's size if CORPUS and PREFERENCES are given
+	$(PY) -m pytest tests/test_static.py -v
 ifdef CORPUS
-	$(PY) -m rlhf_lessons run --preset small --corpus $(CORPUS) --preferences $(PREFERENCES) --out runs/small
-	mkdir -p figures/gpu/small
-	cd runs/small && cp config.json metrics.jsonl samples.md summary.json ../../figures/gpu/small
+	mkdir -p $(GPU)/small
+	trap 'cd runs/small && cp *.json metrics.jsonl samples.md $(abspath $(GPU))/small' EXIT; trap 'exit 143' INT TERM; \
+	  $(PY) -u -m rlhf_lessons run --preset small --corpus $(CORPUS) --preferences $(PREFERENCES) --out runs/small $(ARGS)
 endif
+
+gpu-speed: $(READY)     ## speed and memory on a GPU, beside TRL where it is installed
+	$(PY) tests/bench --gpu --out $(GPU) --parts sampling ppo grpo $(BENCH)
 
 lint: $(READY)          ## what ruff finds wrong in code and format
 	$(PY) -m ruff check .

@@ -134,6 +134,15 @@ class TrainerConfig(SamplingConfig):
     target_kl: float | None = setting(
         None, OPTIONAL, "leave an iteration's epochs early when the update's own KL per token is 1.5 times this"
     )
+    sampler_correction: str = setting(
+        "truncate",
+        one_of("none", "truncate", "mask"),
+        "a sampler's own probabilities are made good for by weights: none, cut off at the cap, or 0 beyond it",
+    )
+    sampler_correction_level: str = setting(
+        "token", one_of("token", "sequence"), "a weight for each token, or one for each response: their product"
+    )
+    sampler_cap: float = setting(2.0, Allowed("a number >= 1", lambda x: is_number(x) and x >= 1), "on those weights")
     loss_over: ClassVar[str] = "tokens"
     ratio_level: ClassVar[str] = "token"
 

@@ -48,20 +48,53 @@ def sequence_ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor | None
     return bounded_exponent(difference.sum(dim=-1) / mask.sum(dim=-1)).exp()
 
 
-def truncated_ratio(log_probs: Tensor, sampler_log_probs: Tensor, *, cap: float) -> Tensor:
-    """The weight that makes good for a sampler whose probabilities are not quite the policy's, capped.
+def sampler_ratio(
+    log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor | None = None, *, cap: float, level: str = "token"
+) -> Tensor:
+    """π/μ of each token, or (level "sequence") the product over its text, given to all of its tokens; no gradient.
 
-        w_t = min(π(a_t|s_t) / μ(a_t|s_t), cap)
-
-    log_probs, sampler_log_probs of one shape -> that shape, without a gradient: it weighs a loss. The cap bounds the
-    variance and costs a bias, E_μ[w] = 1 − E_μ[(π/μ − cap)⁺]. Raises ValueError unless cap ≥ 1 (∞: no cap), below which
-    every token would lose weight where the two agree.
-    Source: Ionides 2008, "Truncated importance sampling"; Yao et al. 2025, "Your efficient RL framework secretly
-    brings you off-policy RL training".
+    log_probs, sampler_log_probs, mask of one shape -> that shape, 0 where mask is False. What `truncated_ratio` and
+    `masked_ratio` share, refusals included: ValueError for unequal shapes, for another level, and unless cap ≥ 1, below
+    which every token would lose weight where the two agree.
     """
+    check_same_shape(log_probs=log_probs, sampler_log_probs=sampler_log_probs)
     if not cap >= 1:
         raise ValueError(f"cap must be a number >= 1; got {cap}")
-    return importance_ratio(log_probs, sampler_log_probs).detach().clamp(max=cap)
+    if level not in ("token", "sequence"):
+        raise ValueError(f"level must be token or sequence; got {level!r}")
+    mask = real_steps(log_probs, mask)
+    difference = torch.where(mask, full_precision(log_probs) - full_precision(sampler_log_probs), 0).detach()
+    if level == "sequence":
+        difference = difference.sum(dim=-1, keepdim=True).expand_as(difference)
+    return torch.where(mask, bounded_exponent(difference).exp(), 0)
+
+
+def truncated_ratio(
+    log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor | None = None, *, cap: float, level: str = "token"
+) -> Tensor:
+    """The weight that makes good for a sampler whose probabilities are not quite the policy's, capped.
+
+        w = min(π/μ, cap),   π/μ of the token a_t, or of the whole text y
+
+    Arguments, shape and refusals as those of `sampler_ratio`; the weight has no gradient: it weighs a loss. The cap (∞:
+    none) bounds the variance and costs a bias, E_μ[w] = 1 − E_μ[(π/μ − cap)⁺]. Source: Ionides 2008, "Truncated
+    importance sampling"; Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+    """
+    return sampler_ratio(log_probs, sampler_log_probs, mask, cap=cap, level=level).clamp(max=cap)
+
+
+def masked_ratio(
+    log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor | None = None, *, cap: float, level: str = "token"
+) -> Tensor:
+    """The same weight, but 0 where the two disagree by more than a factor of `cap`: such samples are left out.
+
+        w = π/μ · 1[1/cap ≤ π/μ ≤ cap],   so that E_μ[w] = P_π(1/cap ≤ π/μ ≤ cap)
+
+    Arguments, shape and refusals as those of `sampler_ratio`; no gradient. Source: Liu et al. 2025, "When speed kills
+    stability: demystifying RL collapse from the training-inference mismatch" (masked importance sampling).
+    """
+    ratio = sampler_ratio(log_probs, sampler_log_probs, mask, cap=cap, level=level)
+    return torch.where((ratio >= 1 / cap) & (ratio <= cap), ratio, 0)
 
 
 def importance_mean(f: Tensor, weights: Tensor, *, self_normalized: bool = False) -> Tensor:

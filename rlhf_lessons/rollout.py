@@ -68,6 +68,11 @@ def describe(rollout: Rollout) -> dict[str, Tensor]:
     }
 
 
+def sampler_error(rollout: Rollout) -> Tensor:
+    """Mean distance of the sampler's log-probabilities from the policy's own: mean_t |log π − log μ|."""
+    return masked_mean((rollout.log_probs - rollout.sampler_log_probs).abs(), rollout.response_mask)
+
+
 def joined(batches: Sequence[Rollout], *, pad_id: int) -> Rollout:
     """One batch of the rows of several, prompts padded on the left and responses on the right to the longest."""
     prompt, response = max(b.prompt_length for b in batches), max(b.responses.shape[1] for b in batches)
@@ -131,24 +136,23 @@ def collect(
     )  # fmt: skip
     exact = getattr(sample, "exact", True)
     log_probs = samples.sampler_log_probs if exact else response_log_probs(lm, samples, config)
-    tolerance = None if exact else getattr(sample, "tolerance", None)
-    if tolerance is not None:
-        distance = float(masked_mean((samples.sampler_log_probs - log_probs).abs(), samples.response_mask))
-        if not distance <= tolerance:
-            raise ValueError(
-                f"sampler's log-probabilities must be within {tolerance} of the policy's own on average; got "
-                f"{distance}: look for weights that it was not given after the last update (Sampler.update), another "
-                "temperature or another precision"
-            )
     with as_reference(lm, reference) as held_to:
         ref_log_probs = response_log_probs(held_to, samples, config)
     penalty, mode = config.missing_eos_penalty, config.missing_eos_mode
-    return Rollout(
+    rollout = Rollout(
         **vars(samples),
         log_probs=log_probs,
         ref_log_probs=ref_log_probs,
         scores=missing_eos_scores(scorer(samples), samples.ended, penalty=penalty, mode=mode),
     )
+    tolerance = None if exact else getattr(sample, "tolerance", None)
+    if tolerance is not None and not float(sampler_error(rollout)) <= tolerance:
+        raise ValueError(
+            f"sampler's log-probabilities must be within {tolerance} of the policy's own on average; got "
+            f"{float(sampler_error(rollout)):.3g}: has it been given the weights of the last update (Sampler.update), "
+            "and are temperature and precision the policy's?"
+        )
+    return rollout
 
 
 @torch.no_grad()

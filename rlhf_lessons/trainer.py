@@ -24,7 +24,7 @@ from rlhf_lessons.device import autocast, gather_rows, make_accelerator, share_o
 from rlhf_lessons.fitting import check_finite, fit_language_model, fit_reward_model
 from rlhf_lessons.forward import context_of, plain
 from rlhf_lessons.generation import Responses, draw_uniforms, eos_ids, sample_responses
-from rlhf_lessons.importance import importance_ratio
+from rlhf_lessons.importance import importance_ratio, masked_ratio, truncated_ratio
 from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
 from rlhf_lessons.likelihood import TokenTerms, token_terms
 from rlhf_lessons.masking import masked_mean
@@ -48,6 +48,7 @@ from rlhf_lessons.rollout import (
     joined,
     ppo_credit,
     response_values,
+    sampler_error,
 )
 from rlhf_lessons.scoring import ModelScorer, Scorer, as_scorer
 
@@ -237,7 +238,7 @@ class Trainer:
         Raises FloatingPointError, naming the iteration, when one of them is not finite.
         """
         with autocast(self.device, self.config.precision):
-            batch = self.credit(self.collect())
+            batch = self.corrected(self.credit(self.collect()))
         rows, real = (len(batch), -1), batch.response_mask
         check_finite(
             {name: torch.where(real, getattr(batch, name).view(rows), 0).abs().amax()  # NaN counts as the largest
@@ -282,6 +283,21 @@ class Trainer:
     def credit(self, rollout: Rollout) -> Credited:
         """What each token of these responses is to be credited with: the method's first seam."""
         raise NotImplementedError
+
+    def corrected(self, batch: Credited) -> Credited:
+        """The batch with its advantages weighted, so that a sampler that is not quite the policy misleads less.
+
+        Weights are at least 0, so that of the clipped loss's terms the same one stays the smaller; 1 where the sampler
+        is exact.
+        """
+        config, weigh = self.config, {"truncate": truncated_ratio, "mask": masked_ratio}
+        if config.sampler_correction == "none":
+            return batch
+        weights = weigh[config.sampler_correction](
+            batch.log_probs, batch.sampler_log_probs, batch.response_mask, cap=config.sampler_cap,
+            level=config.sampler_correction_level,
+        )  # fmt: skip
+        return replace(batch, advantages=batch.advantages * weights)
 
     def losses(self, batch: Credited) -> tuple[Tensor, Report]:
         """What is minimised over these rows with the current policy, and its parts: the method's second seam.
@@ -389,6 +405,8 @@ class Trainer:
         """Means over the batch and over the optimiser steps, read from the device in one go."""
         first = {"first_ratio_error": updates.reports[0]["ratio_error"]}
         measured = describe(batch) | self.measures(batch) | first
+        if not getattr(self.sampler, "exact", True):
+            measured["sampler_error"] = sampler_error(batch)
         for name in (name for name in updates.reports[0] if name != "ratio_error"):
             of = updates.reports[: updates.steps or 1] if name == "grad_norm" else updates.reports
             measured[name] = torch.stack([report[name] for report in of]).mean()

@@ -71,6 +71,19 @@ def test_an_iteration_takes_the_stated_steps_over_full_responses(critic):
         assert min(answer[name] for name in ("sampling", "scoring", "update")) > 0
 
 
+def test_a_bare_update_takes_the_same_steps(monkeypatch):
+    """As many as an iteration's, each over a minibatch's tokens; the head on the responses alone."""
+    read = []
+    lm = workload.language_model(TINY)
+    lm.register_forward_hook(lambda _, inputs, options, out: read.append(out.logits.shape), with_kwargs=True)
+    monkeypatch.setattr(workload, "language_model", lambda *args, **options: lm)
+    before = [p.detach().clone() for p in lm.parameters()]
+    channel = Asked(1)
+    subjects.update_bare(channel, TINY, WORK)
+    assert channel.answers == [{"optimizer_steps": 8}] and read == [(2, WORK.new_tokens + 1, TINY.vocabulary)] * 8
+    assert all((p != q).any() for p, q in zip(lm.parameters(), before, strict=True))
+
+
 def test_counted_operations_are_those_of_the_layers():
     """The update against the count by hand: 2 a multiplication forward, 4 backward; the head on responses alone."""
     channel = Asked(1)
@@ -216,6 +229,7 @@ def fake_measurements():
             "7.6 M": dict(
                 ppo_ours=rounds(1.0, **ours), ppo_ours_separate=rounds(2.0, **ours),
                 ppo_trl=rounds(3.0, peak_mb=800.0, optimizer_steps=16), ppo_flops=flops, ppo_flops_separate=flops,
+                update_bare=rounds(0.56),
             )
         },
         "grpo": {"7.6 M": dict(grpo_ours=rounds(1.0, **ours), grpo_trl=rounds(2.5, peak_mb=800.0, optimizer_steps=16))},
@@ -235,6 +249,7 @@ def test_the_table_holds_the_ratios():
         "| 7.6 M | shared trunk | update | 0.700 | 21.0 | 50 % |",
         "| PPO, shared trunk: peak memory, of TRL's | 0.50 |",
         "| PPO, separate critic: tokens/s, times TRL's | 1.50 |",
+        "| PPO's update: steps/s, of a bare forward, backward and AdamW | 0.80 |",
         "| 7.6 M | TRL 1.16 | 2.50 | 614 | 1.00 | 1.00 | 800 | 1.00 | 16 |",
         "| 7.6 M | `GRPOTrainer` | 1.00 | 1536 | 2.50 | 2.50 | 400 | 0.50 | 16 |",
         "| GRPO: tokens/s, times TRL's | 2.50 |",
@@ -254,13 +269,39 @@ def test_the_page_of_figures_shows_what_was_measured():
 
 
 def test_the_command_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "measure", lambda parts, rounds, gpu: fake_measurements())
+    monkeypatch.setattr(command, "measure", lambda parts, rounds, gpu: iter([fake_measurements()]))
     out = tmp_path / "new"
     assert command.main(["--out", str(out), "--rounds", "3"]) == 0
     written = json.loads((out / "bench.json").read_text())
     assert written["rounds"] == 3
     assert written["machine"]["command"] == f"python tests/bench --out {out} --rounds 3"
     assert (out / "bench.md").read_text() in capsys.readouterr().out
+
+
+def test_what_is_cut_off_leaves_the_parts_before(tmp_path, monkeypatch, capsys):
+    written = fake_measurements()
+
+    def measure(parts, rounds, gpu):
+        yield {name: part for name, part in written.items() if name not in ("ppo", "grpo")}
+        raise ValueError("the measurement ppo_trl failed")
+
+    monkeypatch.setattr(command, "measure", measure)
+    assert command.main(["--out", str(tmp_path), "--rounds", "3"]) == 2
+    kept = json.loads((tmp_path / "bench.json").read_text())
+    assert "sampling" in kept and "ppo" not in kept and "`generate`" in (tmp_path / "bench.md").read_text()
+
+
+def test_each_part_comes_as_soon_as_it_is_measured(monkeypatch):
+    monkeypatch.setattr(command, "interleave", lambda subjects, *work: {name: [{"seconds": 1.0}] for name in subjects})
+    monkeypatch.setattr(command, "startup", lambda rounds: {})
+    monkeypatch.setattr(command, "machine", lambda gpu: {})
+    seen = [[*measured][4:] for measured in command.measure(("gae", "ppo"), rounds=3, gpu=False)]
+    assert seen == [["gae"], ["gae", "ppo"]]
+    for gpu in (False, True):
+        *_, whole = command.measure(command.PARTS, rounds=3, gpu=gpu)
+        assert set(whole["ppo"]) == ({"124 M"} if gpu else {"0.87 M", "7.6 M"})
+        assert {"ppo_trl", "update_bare", "ppo_flops"} <= set(next(iter(whole["ppo"].values())))
+        assert ("sampling_replay" in whole["sampling"]["124 M" if gpu else "82 M"]) == gpu
 
 
 def test_parts_not_measured_anew_are_kept_if_nothing_else_changed(tmp_path):

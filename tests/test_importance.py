@@ -10,6 +10,7 @@ from rlhf_lessons.importance import (
     effective_sample_size,
     importance_mean,
     importance_ratio,
+    masked_ratio,
     sequence_ratio,
     truncated_ratio,
 )
@@ -167,6 +168,56 @@ def test_the_cap_s_bias_is_what_it_cuts_off(cap):
     assert (sampler.exp() * weights).sum().item() == pytest.approx(1 - (sampler.exp() * excess).sum().item())
     assert weights.max() <= cap and not weights.requires_grad
     assert (weights < (policy - sampler).exp() - 1e-12).any() == (cap < INF)
+
+
+@pytest.mark.parametrize("cap", [1.2, 2.0, INF])
+def test_a_mask_keeps_the_policy_s_probability_of_what_it_leaves(cap):
+    """E_μ[w] = P_π(1/cap <= π/μ <= cap), and no weight between."""
+    policy, sampler = normal(12).log_softmax(0), normal(12, seed=1).log_softmax(0)
+    ratio = (policy - sampler).exp()
+    weights = masked_ratio(policy.requires_grad_(), sampler, cap=cap)
+    kept = (ratio < cap) & (ratio > 1 / cap)
+    assert cap == INF or 0 < kept.sum() < len(kept)
+    assert (sampler.exp() * weights).sum().item() == pytest.approx(policy.exp()[kept].sum().item())
+    torch.testing.assert_close(weights, torch.where(kept, ratio.detach(), 0))
+    assert not weights.requires_grad
+
+
+def texts_of_two():
+    """All texts of one or two of three tokens, the first of which ends a text: log-probabilities (7, 2) under two."""
+    policies = []
+    for seed in (0, 10):
+        first, second = normal(3, seed=seed).log_softmax(0), normal(3, 3, seed=seed + 1).log_softmax(1)
+        rows = [[first[0], torch.tensor(NAN, dtype=F64)]] + [[first[a], second[a, b]] for a in (1, 2) for b in range(3)]
+        policies.append(torch.tensor(rows, dtype=F64))
+    mask = torch.ones(7, 2, dtype=torch.bool)
+    mask[0, 1] = False
+    return *policies, mask
+
+
+def test_the_weight_of_a_text_moves_its_expectation_to_the_policy():
+    """The product over its tokens, padding left out; a text's own weight stands at each of them."""
+    policy, sampler, mask = texts_of_two()
+    under_policy, under_sampler = (torch.where(mask, x, 0).sum(dim=1).exp() for x in (policy, sampler))
+    assert under_policy.sum().item() == pytest.approx(1) and under_sampler.sum().item() == pytest.approx(1)
+    weights = truncated_ratio(policy, sampler, mask, cap=INF, level="sequence")
+    assert torch.equal(weights, weights[:, :1] * mask)
+    f = normal(7, seed=3)
+    torch.testing.assert_close((under_sampler * weights[:, 0] * f).sum(), (under_policy * f).sum())
+    capped = truncated_ratio(policy, sampler, mask, cap=1.1, level="sequence")[:, 0]
+    torch.testing.assert_close(capped, (under_policy / under_sampler).clamp(max=1.1))
+    kept = masked_ratio(policy, sampler, mask, cap=3.0, level="sequence")[:, 0]
+    inside = (under_policy < 3 * under_sampler) & (under_sampler < 3 * under_policy)
+    assert 0 < inside.sum() < 7
+    torch.testing.assert_close(kept, torch.where(inside, under_policy / under_sampler, 0))
+    tokens = truncated_ratio(policy, sampler, mask, cap=INF)
+    torch.testing.assert_close(tokens[1:], (policy - sampler).exp()[1:])
+    assert tokens[0, 1] == 0
+
+
+def test_a_weight_of_neither_tokens_nor_texts_is_refused():
+    with pytest.raises(ValueError, match="level must be token or sequence; got 'word'"):
+        masked_ratio(torch.zeros(2), torch.zeros(2), cap=2.0, level="word")
 
 
 @pytest.mark.parametrize("cap", [0.0, 0.99, NAN])

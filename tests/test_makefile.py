@@ -23,7 +23,7 @@ def make(*arguments):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_alone_lists_every_target_with_a_word_on_it():
-    listed = re.findall(r"^  make (\w+) +(\S.*)$", printed := make(), re.M)
+    listed = re.findall(r"^  make ([\w-]+) +(\S.*)$", printed := make(), re.M)
     assert sorted(name for name, _ in listed) == sorted(TARGETS)
     assert make("help") == printed
 
@@ -31,6 +31,15 @@ def test_make_alone_lists_every_target_with_a_word_on_it():
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - {"help", "clean"}))
 def test_a_target_sets_up_its_environment(target):
     assert re.search(rf"^{target}: \$\(READY\)", MAKEFILE.read_text(encoding="utf-8"), re.M)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_gpu_s_parts_run_with_another_python_where_nothing_can_be_installed():
+    given = ["PY=other", "READY=", "CORPUS=a.txt", "PREFERENCES=b.jsonl", "GPU=out"]
+    planned = make("--dry-run", "gpu", *given)
+    assert "venv" not in planned and "other -m pytest tests/test_static.py" in planned
+    assert "other -u -m rlhf_lessons run --preset small --corpus a.txt --preferences b.jsonl" in planned
+    assert "other tests/bench --gpu --out out" in planned
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -292,6 +292,33 @@ def test_an_inexact_sampler_s_log_probs_are_held_to_its_tolerance(make_policy, m
         roll(float("nan"), 0.1)
 
 
+def test_advantages_are_weighted_by_how_far_the_sampler_was_off(make_trainer, make_policy):
+    """Its log-probabilities are too high by .5: each token weighs e^−.5, of which a mask at 1.5 leaves nothing."""
+
+    def rolled(shift, **settings):
+        trainer = make_trainer(make_policy(), **settings)
+        if shift is not None:
+            trainer.sampler = Inexact(shift, None)
+        metrics = trainer.step()
+        return trainer.batch, metrics
+
+    exact, metrics = rolled(None)
+    assert "sampler_error" not in metrics
+    assert torch.equal(exact.advantages, rolled(None, sampler_correction="none")[0].advantages), "1, to the bit"
+    for settings, weight in (
+        ({}, math.exp(-0.5)),
+        (dict(sampler_correction="none"), 1),
+        (dict(sampler_correction="mask"), math.exp(-0.5)),
+        (dict(sampler_correction="mask", sampler_cap=1.5), 0),
+        (dict(sampler_correction_level="sequence"), (-0.5 * exact.response_mask.sum(dim=1, keepdim=True)).exp()),
+    ):
+        batch, metrics = rolled(0.5, **settings)
+        torch.testing.assert_close(batch.advantages, exact.advantages * weight, atol=1e-5, rtol=1e-4)
+        assert metrics["sampler_error"] == pytest.approx(0.5, abs=1e-5)
+    batch, _ = rolled(-2.0)
+    torch.testing.assert_close(batch.advantages, exact.advantages * 2, atol=1e-5, rtol=1e-4)  # e², cut off at 2
+
+
 def test_a_ratio_that_is_not_one_stops_the_first_update(make_trainer, make_policy):
     """Before any step; later iterations are not asked, nor a trainer that overrides the guard."""
 

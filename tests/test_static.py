@@ -234,3 +234,26 @@ def test_the_gpus_float32_step_is_the_cpus(make_trainer):
         assert float(got[name]) == pytest.approx(float(expected[name]), abs=1e-4), name
     for mine, theirs in zip(on_gpu.policy.parameters(), on_cpu.policy.parameters(), strict=True):
         torch.testing.assert_close(mine.cpu(), theirs, atol=2e-4, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sampler", [sample_responses, StaticSampler()], ids=["plain", "captured"])
+@pytest.mark.parametrize(("precision", "limit"), [("no", 1e-5), ("bf16", 2e-2)])
+def test_on_the_gpu_the_first_ratio_is_one(make_trainer, sampler, precision, limit):
+    trainer = make_trainer(device="cuda", precision=precision)
+    trainer.sampler = sampler
+    for _ in range(3):
+        assert trainer.step()["first_ratio_error"] < limit
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_the_gpu_the_captured_sampler_draws_the_plain_ones_tokens(make_lm, queries):
+    """Greedily, by a temperature that leaves one choice, and by the same uniform numbers."""
+    lm, (tokens, mask) = make_lm().cuda(), (x.cuda() for x in repeated(queries, 20))
+    for temperature in (1e-4, 1.0):
+        options = dict(max_new_tokens=12, temperature=temperature, **IDS)
+        plain, captured = (
+            s(lm, tokens, mask, generator=generator(), **options) for s in (sample_responses, StaticSampler())
+        )
+        assert torch.equal(plain.mask, captured.mask[:, : plain.mask.shape[1]])
+        assert torch.equal(plain.tokens[plain.mask], captured.tokens[captured.mask])

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -91,37 +92,33 @@ def startup(rounds: int) -> dict[str, list[dict]]:
     return results
 
 
-def measure(parts: tuple[str, ...], *, rounds: int, gpu: bool) -> dict:
-    """All measurements asked for, as they are written to the JSON file."""
+def measure(parts: tuple[str, ...], *, rounds: int, gpu: bool) -> Iterator[dict]:
+    """What was measured so far, again after each part: what is cut off leaves the parts before."""
     work = asdict(GPU_WORK if gpu else Work())
+    shapes = ("124 M",) if gpu else ("0.87 M", "7.6 M")
     measured: dict = {"machine": machine(gpu), "work": work, "rounds": rounds}
     measured["matmul"] = interleave(("matmul",), None, work, 2)
-    if "startup" in parts:
-        measured["startup"] = startup(rounds)
-    if "gae" in parts:
-        say("gae")
-        measured["gae"] = interleave(("gae_ours", "gae_loop", "gae_torchrl"), None, asdict(Work()), rounds)
-    if "sampling" in parts:
-        say("sampling")
-        subjects = ("sampling_ours", "sampling_static", "sampling_generate", "sampling_generate_fast")
-        subjects += ("sampling_replay",) * gpu
-        shapes = ("124 M",) if gpu else ("0.87 M", "7.6 M", "82 M")
-        measured["sampling"] = {shape: interleave(subjects, shape, work, rounds) for shape in shapes}
-    if "ppo" in parts:
-        say("ppo")
-        subjects = ("ppo_ours", "ppo_ours_separate", "ppo_trl")
-        shapes = ("124 M",) if gpu else ("0.87 M", "7.6 M")
-        counts = ("ppo_flops", "ppo_flops_separate")
-        measured["ppo"] = {
-            shape: interleave(subjects, shape, work, rounds) | interleave(counts, shape, work, 0) for shape in shapes
-        }
-    if "grpo" in parts:
-        say("grpo")
-        measured["grpo"] = {
-            shape: interleave(("grpo_ours", "grpo_trl"), shape, work, rounds)
-            for shape in (("124 M",) if gpu else ("0.87 M", "7.6 M"))
-        }
-    return measured
+
+    def ppo(shape: str) -> dict[str, list[dict]]:
+        counted = interleave(("ppo_flops", "ppo_flops_separate"), shape, work, 0)
+        return interleave(("ppo_ours", "ppo_ours_separate", "ppo_trl", "update_bare"), shape, work, rounds) | counted
+
+    sampling = ("sampling_ours", "sampling_static", "sampling_generate", "sampling_generate_fast")
+    sampling += ("sampling_replay",) * gpu
+    ways = {
+        "startup": lambda: startup(rounds),
+        "gae": lambda: interleave(("gae_ours", "gae_loop", "gae_torchrl"), None, asdict(Work()), rounds),
+        "sampling": lambda: {
+            shape: interleave(sampling, shape, work, rounds) for shape in (shapes if gpu else (*shapes, "82 M"))
+        },
+        "ppo": lambda: {shape: ppo(shape) for shape in shapes},
+        "grpo": lambda: {shape: interleave(("grpo_ours", "grpo_trl"), shape, work, rounds) for shape in shapes},
+    }
+    for part in PARTS:
+        if part in parts:
+            say(part)
+            measured[part] = ways[part]()
+            yield measured
 
 
 def kept_parts(path: Path, measured: dict) -> dict:
@@ -196,11 +193,11 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out or Path("figures", "gpu" if options.gpu else "")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        measured = measure(options.parts, rounds=options.rounds, gpu=options.gpu)
-        measured["machine"]["command"] = " ".join([COMMAND, *(sys.argv[1:] if argv is None else argv)])
-        measured = kept_parts(out / "bench.json", measured) | measured
-        (out / "bench.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-        (out / "bench.md").write_text(table := markdown(measured), encoding="utf-8")
+        for found in measure(options.parts, rounds=options.rounds, gpu=options.gpu):
+            found["machine"]["command"] = " ".join([COMMAND, *(sys.argv[1:] if argv is None else argv)])
+            found = kept_parts(out / "bench.json", found) | found
+            (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            (out / "bench.md").write_text(table := markdown(found), encoding="utf-8")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -212,6 +212,29 @@ def ppo_flops_separate(channel: Channel, shape: Shape, work: Work) -> None:
     ppo_flops(channel, shape, work, critic="separate")
 
 
+def update_bare(channel: Channel, shape: Shape, work: Work) -> None:
+    """An iteration's optimiser steps with nothing of PPO in them: forward, cross-entropy of the responses, AdamW."""
+    lm = workload.language_model(shape).to(work.device).train()
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    rows = work.rows // work.minibatches
+    ids = torch.randint(3, shape.vocabulary, (rows, work.prompt_tokens + work.new_tokens), device=work.device)
+
+    def run() -> dict:
+        for _ in range(work.optimizer_steps):
+            with autocast(work):
+                logits = lm(ids, logits_to_keep=work.new_tokens + 1, use_cache=False).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), ids[:, work.prompt_tokens :].flatten()
+            )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return {"optimizer_steps": work.optimizer_steps}
+
+    channel.serve(run)
+
+
 def rounds_of(channel: Channel, work: Work, *, steps: int):
     """A callback of TRL's trainers: ends the clock after that many of their steps and starts it again when asked."""
     from transformers import TrainerCallback
@@ -345,7 +368,7 @@ SUBJECTS = {
     function.__name__: function
     for function in (
         gae_ours, gae_loop, gae_torchrl, sampling_ours, sampling_static, sampling_replay, sampling_generate,
-        sampling_generate_fast, ppo_ours, ppo_ours_separate, ppo_flops, ppo_flops_separate, ppo_trl, grpo_ours,
-        grpo_trl, matmul,
+        sampling_generate_fast, ppo_ours, ppo_ours_separate, ppo_flops, ppo_flops_separate, ppo_trl, update_bare,
+        grpo_ours, grpo_trl, matmul,
     )
 }  # fmt: skip

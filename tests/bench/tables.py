@@ -55,20 +55,32 @@ def in_short(measured: dict) -> list[str]:
     found = {part: measured.get(part, {}) for part in ("sampling", "ppo", "grpo")}
     sizes = list(dict.fromkeys([*found["ppo"], *found["grpo"], *found["sampling"]]))
 
-    def row(label: str, part: str, peer: str, ours: str, figure=median) -> list[str]:
+    def row(label: str, part: str, peer: str, ours: str, figure=median, of_ours=None) -> list[str]:
         def cell(rounds: dict[str, list[dict]] | None) -> str:
-            return ratio(figure(rounds[peer]), figure(rounds[ours])) if rounds and {peer, ours} <= set(rounds) else ""
+            if not rounds or not {peer, ours} <= set(rounds):
+                return ""
+            return ratio(figure(rounds[peer]), (of_ours or figure)(rounds[ours]))
 
         return [label, *(cell(found[part].get(size)) for size in sizes)]
 
     def peak(rounds: list[dict]) -> float | None:
         return last(rounds, "peak_mb")
 
+    def update(rounds: list[dict]) -> float | None:
+        return median(rounds, "update")
+
     rows = [
         row("PPO, shared trunk: tokens/s, times TRL's", "ppo", "ppo_trl", "ppo_ours"),
         row("PPO, separate critic: tokens/s, times TRL's", "ppo", "ppo_trl", "ppo_ours_separate"),
         row("PPO, shared trunk: peak memory, of TRL's", "ppo", "ppo_ours", "ppo_trl", peak),
         row("PPO, separate critic: peak memory, of TRL's", "ppo", "ppo_ours_separate", "ppo_trl", peak),
+        row(
+            "PPO's update: steps/s, of a bare forward, backward and AdamW",
+            "ppo",
+            "update_bare",
+            "ppo_ours",
+            of_ours=update,
+        ),
         row("GRPO: tokens/s, times TRL's", "grpo", "grpo_trl", "grpo_ours"),
         row("GRPO: peak memory, of TRL's", "grpo", "grpo_ours", "grpo_trl", peak),
         row("sampling: tokens/s, times `generate`'s", "sampling", "sampling_generate", "sampling_ours"),
