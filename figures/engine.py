@@ -4,6 +4,7 @@ What comes out is kept in vllm/vllm.json after each part; parts that are there a
 ten minutes of one core.
 """
 
+import functools
 import json
 import sys
 import time
@@ -48,10 +49,8 @@ def ratios(batch: Credited) -> dict[str, float]:
 def run(seed: int, sampler: VLLMSampler | None, *, iterations: int = 50, **changes: str) -> list[dict[str, float]]:
     """A run of PPO's default settings on the shipped models, with what `ratios` says of each iteration."""
     config = PPOConfig(num_iterations=iterations, seed=seed, device="cpu", **changes)
-    if sampler is not None:
-        sampler.update(merged_weights(load_causal_lm(ASSETS / "base")))  # those of the run before are still in it
     prompts = tiny_reviews.prompts(2000, torch.Generator().manual_seed(seed))
-    return tiny_run("ppo", config, prompts, ratios, **({} if sampler is None else {"sampler": sampler}))
+    return tiny_run("ppo", config, prompts, ratios, sampler=sampler)
 
 
 def few_iterations(dtype: str) -> dict[str, list[float]]:
@@ -63,7 +62,7 @@ def few_iterations(dtype: str) -> dict[str, list[float]]:
 def withheld() -> dict[str, object]:
     """What a run says, and in which iteration, whose engine keeps the weights that it began with."""
     seen, sampler = [], sampler_of("float32")
-    sampler.update(merged_weights(load_causal_lm(ASSETS / "base")))
+    sampler.update(merged_weights(load_causal_lm(ASSETS / "base")))  # a run before has left others there
 
     class Deaf:
         """The same sampler, which hears of no update."""
@@ -87,7 +86,7 @@ def speed(sizes: dict) -> dict[str, object]:
     lm = random_gpt2(seed=0, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes).eval()
     prompts, mask = torch.randint(3, sizes["vocab_size"], (64, 8)), torch.ones(64, 8, dtype=torch.bool)
     options = dict(max_new_tokens=24, eos_id=[], pad_id=0)
-    samplers: dict[str, Callable] = {"ours": sample_responses, "vLLM": VLLMSampler(kv_cache_memory_bytes=2**28)}
+    samplers: dict[str, Callable] = {"ours": sample_responses, "vLLM": sampler_of("float32", of=str(sizes))}
     seconds: dict[str, list[float]] = {name: [] for name in samplers}
     for round in range(ROUNDS + 1):  # the first warms up
         for name, sample in samplers.items():
@@ -105,11 +104,10 @@ def round_to(x: float) -> float:
     return float(f"{x:.3g}")
 
 
-def sampler_of(dtype: str | None, made: dict = {}) -> VLLMSampler | None:  # noqa: B006  one engine for each
-    """The sampler of this precision, made once; None for ours."""
-    if dtype is not None and dtype not in made:
-        made[dtype] = VLLMSampler(dtype=dtype, kv_cache_memory_bytes=2**28)
-    return made.get(dtype)
+@functools.cache  # and so kept: an engine that ends takes with it what others in its process need
+def sampler_of(dtype: str | None, *, of: str = "the tiny world") -> VLLMSampler | None:
+    """The sampler of this precision, one for each model; None for ours."""
+    return None if dtype is None else VLLMSampler(dtype=dtype, kv_cache_memory_bytes=2**28)
 
 
 def main() -> int:

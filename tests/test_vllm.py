@@ -221,9 +221,7 @@ def test_an_engine_leaves_generators_and_threads_as_they_were(queries):
 
 def trainer_with(draw, **settings):
     """A PPO trainer whose model fits the engine's kernels."""
-    trainer = tiny_trainer(tiny_policy(head=0.1, n_head=1), tiny_lm(seed=1, n_head=1), **settings)
-    trainer.sampler = draw
-    return trainer
+    return tiny_trainer(tiny_policy(head=0.1, n_head=1), tiny_lm(seed=1, n_head=1), sampler=draw, **settings)
 
 
 def test_the_policy_s_own_log_probs_are_the_engine_s_in_every_iteration():
@@ -241,6 +239,16 @@ def test_weights_that_are_withheld_stop_the_run():
     with pytest.raises(ValueError, match=r"within 0.001 of the policy's own .* given the weights of the last update"):
         trainer.step()
     assert trainer.iteration == 1
+
+
+def test_an_engine_that_served_another_policy_or_a_later_one_is_given_today_s_weights():
+    draw = sampler()
+    trainer_with(draw, learning_rate=1e-2).step()
+    other = tiny_trainer(tiny_policy(head=0.1, n_head=1, seed=3), tiny_lm(seed=1, n_head=1), sampler=draw)
+    before = other.state_dict()
+    other.step()
+    other.load_state_dict(before)
+    assert other.step()["sampler_error"] < 1e-5
 
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])

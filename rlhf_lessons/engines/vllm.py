@@ -2,7 +2,8 @@
 
 Two engines never compute one number twice alike, so its log-probabilities are not quite the policy's: the policy scores
 the tokens anew (`rollout.collect`), and importance weights make good for the rest. The engine works in this process and
-takes the weights as they lie, without a file between. `make vllm` sets up an environment that it can be imported in.
+takes the weights as they lie, without a file between: one engine a process, since vLLM takes down with one what others
+need. `make vllm` sets up an environment that it can be imported in.
 """
 
 import contextlib
