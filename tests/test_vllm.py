@@ -74,6 +74,7 @@ class Double:
     @torch.no_grad()
     def answer(self, prompt, options):
         dice, ids, steps, reason = random.Random(options.seed), [], [], "length"
+        torch.rand(1)  # vLLM draws from the global generator too, what it then replaces by a seed's
         for _ in range(options.max_tokens):
             text = tuple(prompt + ids)
             if text not in self.read:

@@ -65,7 +65,7 @@ class VLLMSampler(Sampler):
             for seed in seeds(uniforms)
         ]  # fmt: skip
         prompts = [{"prompt_token_ids": ids} for ids in real_ids(input_ids, attention_mask)]
-        with torch.autocast(lm.device.type, enabled=False):  # the engine's precision is its own
+        with undisturbed(lm.device.type):
             answers = [answer.outputs[0] for answer in self.engine.generate(prompts, asked, use_tqdm=False)]
         tokens, mask = pad([list(answer.token_ids) for answer in answers], pad_id, side="right")
         sampled = [step[token].logprob for x in answers for token, step in zip(x.token_ids, x.logprobs, strict=True)]
@@ -133,7 +133,7 @@ def imported() -> "ModuleType":
 
 @contextlib.contextmanager
 def undisturbed(device: str) -> Iterator[None]:
-    """Outside of autocast, and afterwards the generators and `torch.set_num_threads`, which vLLM changes, as before."""
+    """The engine's precision is its own, and what it changes of this process, generators and threads, is put back."""
     kept = torch.set_num_threads
     try:
         with torch.autocast(device, enabled=False), torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
