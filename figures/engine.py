@@ -30,9 +30,9 @@ FEW = 5  # iterations in which the ratio is looked at
 ROUNDS = 5  # of sampling by either, in turn
 RUNS = {  # what samples: None is ours, else what vLLM computes in; and the settings that differ
     "ours": (None, {}),
-    "vLLM, float32": ("float32", {}),
     "vLLM, bf16, weights truncated": ("bfloat16", {}),
     "vLLM, bf16, no weights": ("bfloat16", {"sampler_correction": "none"}),
+    "vLLM, float32": ("float32", {}),
 }
 SIZES = {  # layers, width, heads, words, prompt tokens: the shipped model's, and that of DistilGPT-2
     "shipped model": dict(n_layer=2, n_embd=96, n_head=3, vocab_size=199, n_positions=48),
@@ -127,8 +127,8 @@ def main() -> int:
         if name not in kept.setdefault("speed", {}):
             kept["speed"][name] = speed(sizes)
             write_json(PATH, kept)
-    for seed in SEEDS:
-        for label, (dtype, changes) in RUNS.items():
+    for label, (dtype, changes) in RUNS.items():
+        for seed in SEEDS:
             done = kept.setdefault("runs", {}).setdefault(label, [])
             if len(done) > seed:
                 continue
