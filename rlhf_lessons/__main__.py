@@ -36,7 +36,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
     found = inputs.resolve(arguments)
     described = pipeline.describe(found, settings, arguments)
     if going_on:
-        resume.check_unchanged(folder.path, described)
+        resume.check_unchanged(arguments.begun, described)
     else:
         folder.write_config(described, arguments.words)
     followed = tracked({*(getattr(arguments, "log_with", None) or ())}, folder.path, device=settings.method.device)
@@ -105,7 +105,7 @@ def show_comparison(arguments: argparse.Namespace) -> None:
 
 def show_progress(arguments: argparse.Namespace) -> None:
     """`progress`: a table of what a learner has solved."""
-    from rlhf_lessons.app.progress import progress_table
+    from rlhf_lessons.record import progress_table
 
     print(progress_table(arguments.lessons))
 

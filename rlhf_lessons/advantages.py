@@ -25,9 +25,8 @@ def next_values(values: Tensor, mask: Tensor, terminated: Tensor | None, bootstr
     if bootstrap_value is None:
         return torch.where(continues(mask, terminated), following, 0)
     if bootstrap_value.shape != values.shape[:1]:
-        raise ValueError(
-            f"bootstrap_value must be (B,) = {tuple(values.shape[:1])}; got {tuple(bootstrap_value.shape)}"
-        )
+        batch = tuple(values.shape[:1])
+        raise ValueError(f"bootstrap_value must be (B,) = {batch}; got {tuple(bootstrap_value.shape)}")
     real_from_here = mask.long().flip(-1).cumsum(dim=-1).flip(-1)
     is_last = mask & (real_from_here == 1)
     bootstrapped = is_last if terminated is None else is_last & ~terminated

@@ -82,14 +82,10 @@ class SamplingConfig:
     max_new_tokens: int = setting(24, COUNT, "longest response, in tokens, EOS included")
     temperature: float = setting(1.0, POSITIVE, "of sampling and, the same, of scoring")
     missing_eos_penalty: float = setting(1.0, NOT_NEGATIVE, "subtracted from the score of a response that did not end")
-    missing_eos_mode: str = setting(
-        "subtract",
-        one_of("subtract", "replace"),
-        "subtract the penalty from the score, or replace the score by its negative",
-    )
-    precision: str = setting(
-        "no", one_of("no", "bf16"), "no (float32) or bf16 (autocast; log-probabilities and losses stay float32)"
-    )
+    missing_eos_mode: str = setting("subtract", one_of("subtract", "replace"), "subtract the penalty from the score, "
+                                    "or replace the score by its negative")  # fmt: skip
+    precision: str = setting("no", one_of("no", "bf16"),
+                             "no (float32) or bf16 (autocast; log-probabilities and losses stay float32)")  # fmt: skip
     device: str = setting("auto", one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps")
     seed: int = setting(0, SEED, "of prompts, sampling and shuffling")
 
@@ -118,30 +114,24 @@ class TrainerConfig(SamplingConfig):
     ppo_epochs: int = setting(4, COUNT, "passes over each batch")
     eval_every: int = setting(10, COUNT, "iterations from one evaluation to the next, where there are prompts for it")
     learning_rate: float = setting(1e-3, POSITIVE, "of AdamW at the start")
-    lr_schedule: str = setting(
-        "linear", one_of("linear", "constant", "cosine"), "linear or cosine (to 0 over the run), or constant"
-    )
+    lr_schedule: str = setting("linear", one_of("linear", "constant", "cosine"),
+                               "linear or cosine (to 0 over the run), or constant")  # fmt: skip
     warmup_iterations: int = setting(0, at_least(0), "iterations before it, in which the rate climbs to its height")
     max_grad_norm: float = setting(1.0, LIMIT, "gradients are scaled down to this norm")
     clip_eps: float = setting(0.2, LIMIT, "ε of the policy's clip range")
     clip_eps_high: float | None = setting(None, OPTIONAL, "ε of its upper end, where that is another (clip-higher)")
     ent_coef: float = setting(0.0, NOT_NEGATIVE, "weight of the entropy bonus")
-    kl_coef: float = setting(
-        0.1, NOT_NEGATIVE, "β: price of one nat of KL from the reference; the first one if adaptive"
-    )
+    kl_coef: float = setting(0.1, NOT_NEGATIVE,
+                             "β: price of one nat of KL from the reference; the first one if adaptive")  # fmt: skip
     adaptive_kl_target: float | None = setting(None, OPTIONAL, "KL per response, in nats, that β is steered to")
     adaptive_kl_horizon: int = setting(10000, COUNT, "responses over which that steering works")
-    target_kl: float | None = setting(
-        None, OPTIONAL, "leave an iteration's epochs early when the update's own KL per token is 1.5 times this"
-    )
-    sampler_correction: str = setting(
-        "truncate",
-        one_of("none", "truncate", "mask"),
-        "a sampler's own probabilities are made good for by weights: none, cut off at the cap, or 0 beyond it",
-    )
-    sampler_correction_level: str = setting(
-        "token", one_of("token", "sequence"), "a weight for each token, or one for each response: their product"
-    )
+    target_kl: float | None = setting(None, OPTIONAL, "leave an iteration's epochs early when the update's own KL per "
+                                      "token is 1.5 times this")  # fmt: skip
+    sampler_correction: str = setting("truncate", one_of("none", "truncate", "mask"), "a sampler's own probabilities "
+                                      "are made good for by weights: none, cut off at the cap, or 0 beyond "
+                                      "it")  # fmt: skip
+    sampler_correction_level: str = setting("token", one_of("token", "sequence"), "a weight for each token, or one for "
+                                            "each response: their product")  # fmt: skip
     sampler_cap: float = setting(2.0, Allowed("a number >= 1", lambda x: is_number(x) and x >= 1), "on those weights")
     loss_over: ClassVar[str] = "tokens"
     ratio_level: ClassVar[str] = "token"
@@ -219,27 +209,18 @@ class RLOOConfig(GroupConfig):
 class GRPOConfig(GroupConfig):
     """All numbers of GRPO, and what makes its kin of it: Dr. GRPO, DAPO, GSPO, REINFORCE++ with a baseline."""
 
-    advantage_scale: str = setting(
-        "group",
-        one_of("none", "group", "batch"),
-        "advantages over: nothing (Dr. GRPO), their group's standard deviation (GRPO), or the batch's (REINFORCE++)",
-    )
-    loss_over: str = setting(
-        "tokens",
-        one_of("tokens", "sequences", "constant"),
-        "the loss is a mean over tokens (DAPO), over responses of their tokens' means (GRPO), or a sum over "
-        "max_new_tokens (Dr. GRPO)",
-    )
-    ratio_level: str = setting(
-        "token", one_of("token", "sequence"), "a ratio for each token, or one for each response (GSPO)"
-    )
-    kl_in: str = setting(
-        "reward", one_of("loss", "reward"), "where the KL is paid: out of the reward, or (GRPO's paper, k3) in the loss"
-    )
+    advantage_scale: str = setting("group", one_of("none", "group", "batch"), "advantages over: nothing (Dr. GRPO), "
+                                   "their group's standard deviation (GRPO), or the batch's (REINFORCE++)")  # fmt: skip
+    loss_over: str = setting("tokens", one_of("tokens", "sequences", "constant"), "the loss is a mean over tokens "
+                             "(DAPO), over responses of their tokens' means (GRPO), or a sum over max_new_tokens "
+                             "(Dr. GRPO)")  # fmt: skip
+    ratio_level: str = setting("token", one_of("token", "sequence"),
+                               "a ratio for each token, or one for each response (GSPO)")  # fmt: skip
+    kl_in: str = setting("reward", one_of("loss", "reward"),
+                         "where the KL is paid: out of the reward, or (GRPO's paper, k3) in the loss")  # fmt: skip
     kl_kind: str = setting("k1", one_of("k1", "k2", "k3"), "the estimate of the KL that is paid")
-    dynamic_sampling: int = setting(
-        0, at_least(0), "more batches to sample at most, in the place of groups whose scores are all equal (DAPO)"
-    )
+    dynamic_sampling: int = setting(0, at_least(0), "more batches to sample at most, in the place of groups whose "
+                                    "scores are all equal (DAPO)")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import os.path
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ LONG = ("refuse", "drop", "cut")  # what becomes of a pair that is longer than t
 # What opens an answer where whole conversations are written as one text.
 ANSWERS = ("\n\nAssistant:", "<|im_start|>assistant\n", "<|assistant|>\n", "[/INST]")
 
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"  # of transformers, whose import takes seconds
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]  # a text, its token ids, or the messages of a chat
 
 
@@ -94,10 +95,8 @@ def check_texts(value: Any, field: str, place: str) -> None:
     """Raise ValueError, naming the place, unless a field is a text, or a list of messages with texts."""
     texts = [message["content"] for message in value] if is_chat(value) else [value]
     if not all(isinstance(text, str) for text in texts):
-        kind = type(value).__name__
-        raise ValueError(
-            f'{place}: the field "{field}" must be a string; got {kind}, which is no list of messages either'
-        )
+        kind = f"{type(value).__name__}, which is no list of messages either"
+        raise ValueError(f'{place}: the field "{field}" must be a string; got {kind}')
     if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
         raise ValueError(f'{place}: the field "{field}" holds half of a surrogate pair, no character')
 
@@ -149,7 +148,7 @@ def as_record(prompt: Prompt | Mapping[str, Any]) -> Mapping[str, Any]:
     return prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
 
 
-def prompt_text(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
+def prompt_text(tokenizer: Tokenizer, prompt: Prompt) -> str:
     """A prompt as text: messages by the tokenizer's chat template, up to where the answer begins.
 
     Where the last message is the assistant's own, that is an answer begun, which is continued.
@@ -169,7 +168,7 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
     return text_of(tokenizer, without_begin(tokenizer, list(prompt)))
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a prompt; an empty one becomes the begin token alone (the EOS token where there is no other).
 
     A text has one begin token at most and no EOS at its end, whatever it or the tokenizer brings: it will be continued.
@@ -187,8 +186,8 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[
 
 
 def encode_prompts(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt | Mapping[str, Any]], *,
-    max_new_tokens: int, context: float, whose: str = "the model",
+    tokenizer: Tokenizer, prompts: Sequence[Prompt | Mapping[str, Any]], *, max_new_tokens: int, context: float,
+    whose: str = "the model",
 ) -> list[list[int]]:  # fmt: skip
     """Token ids of each prompt, or of each record with one.
 
@@ -204,16 +203,14 @@ def encode_prompts(
             encoded.append(encode_prompt(tokenizer, as_record(prompt)["prompt"]))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
-        if len(encoded[-1]) + max_new_tokens > context:
-            raise ValueError(
-                f"{place}: a prompt must leave room for max_new_tokens = {max_new_tokens} in {whose}'s context of "
-                f"{context}; got one of {len(encoded[-1])} tokens"
-            )
+        if (length := len(encoded[-1])) + max_new_tokens > context:
+            room = f"room for max_new_tokens = {max_new_tokens} in {whose}'s context of {context}"
+            raise ValueError(f"{place}: a prompt must leave {room}; got one of {length} tokens")
     return encoded
 
 
 def encode_response(
-    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, response: str, *, ended: bool = True, sampled: bool = False
+    tokenizer: Tokenizer, prompt: Prompt, response: str, *, ended: bool = True, sampled: bool = False
 ) -> list[int]:
     """Token ids of a response to that prompt, one EOS last: just what the policy would have had to sample.
 
@@ -230,7 +227,7 @@ def encode_response(
     return ids[: ids.index(end) if end in ids else None] + [end] * bool(ended)
 
 
-def continuation(tokenizer: "PreTrainedTokenizerBase", before: str, text: str) -> list[int]:
+def continuation(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
     """Token ids of a text that follows another one: what it adds to that one's, where those stay as they were.
 
     Where the tokenizer would merge across the joint, the text's ids after a mark; alone, some would add a space to it.
@@ -246,7 +243,7 @@ def continuation(tokenizer: "PreTrainedTokenizerBase", before: str, text: str) -
     return ids_of(text)
 
 
-def encode_pair(tokenizer: "PreTrainedTokenizerBase", pair: Mapping[str, Any]) -> tuple[list[int], ...]:
+def encode_pair(tokenizer: Tokenizer, pair: Mapping[str, Any]) -> tuple[list[int], ...]:
     """Token ids of a pair's prompt, and of its chosen and its rejected response, EOS included.
 
     Raises ValueError, naming its place, for a prompt that cannot be read.
@@ -260,7 +257,7 @@ def encode_pair(tokenizer: "PreTrainedTokenizerBase", pair: Mapping[str, Any]) -
 
 
 def encode_preferences(
-    tokenizer: "PreTrainedTokenizerBase", preferences: Sequence[Mapping[str, Any]], *, context: float
+    tokenizer: Tokenizer, preferences: Sequence[Mapping[str, Any]], *, context: float
 ) -> dict[str, list[list[int]]]:
     """Token ids of each pair's two texts, prompt, response and EOS, under "chosen" and "rejected".
 
@@ -273,18 +270,15 @@ def encode_preferences(
         prompt, *answers = encode_pair(tokenizer, pair)
         for (side, texts), answer in zip(encoded.items(), answers, strict=True):
             texts.append(prompt + answer)
-            if len(texts[-1]) > context:
-                raise ValueError(
-                    f"{getattr(pair, 'place', f'pair {number}')}: prompt and {side} must fit the model's context "
-                    f"of {context}, EOS included; got {len(texts[-1])} tokens"
-                )
+            if (length := len(texts[-1])) > context:
+                place, room = getattr(pair, "place", f"pair {number}"), f"the model's context of {context}"
+                raise ValueError(f"{place}: prompt and {side} must fit {room}, EOS included; got {length} tokens")
     return encoded
 
 
 def fitting_pairs(
-    tokenizer: "PreTrainedTokenizerBase", preferences: Sequence[Mapping[str, Any]], *, context: float,
-    long: str = "refuse",
-) -> list[Mapping[str, Any]]:  # fmt: skip
+    tokenizer: Tokenizer, preferences: Sequence[Mapping[str, Any]], *, context: float, long: str = "refuse"
+) -> list[Mapping[str, Any]]:
     """The pairs, those whose two texts fit the context, EOS included, as they are.
 
     long: what becomes of one that does not. "refuse" raises ValueError, naming its place; "drop" leaves it out; "cut"
@@ -309,7 +303,7 @@ def fitting_pairs(
     return kept
 
 
-def without_begin(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]:
+def without_begin(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """The ids without a begin token in front."""
     return ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
 
@@ -320,17 +314,17 @@ def real_ids(tokens: Tensor, mask: Tensor) -> list[list[int]]:
     return [[token for token, is_real in zip(*row, strict=True) if is_real] for row in rows]
 
 
-def text_of(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
     """The text of these ids, white space and special tokens as they are."""
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def writes_spaces(tokenizer: "PreTrainedTokenizerBase") -> bool:
+def writes_spaces(tokenizer: Tokenizer) -> bool:
     """Whether tokens hold the space before a word; else decoding sets one between any two, and none was sampled."""
     return getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", True) is not None
 
 
-def decode(tokenizer: "PreTrainedTokenizerBase", tokens: Tensor, mask: Tensor) -> list[str]:
+def decode(tokenizer: Tokenizer, tokens: Tensor, mask: Tensor) -> list[str]:
     """Each row's real tokens as text, a begin token in front and an EOS at the end left out. tokens, mask (B, L).
 
     Other special tokens stay visible: a policy that samples them should be scored for it. So does white space.
@@ -340,7 +334,7 @@ def decode(tokenizer: "PreTrainedTokenizerBase", tokens: Tensor, mask: Tensor) -
 
 
 def decode_responses(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[list[int]], responses: Sequence[list[int]], ended: Tensor
+    tokenizer: Tokenizer, prompts: Sequence[list[int]], responses: Sequence[list[int]], ended: Tensor
 ) -> list[str]:
     """Each response's token ids as the text that was sampled after its prompt's: the end token alone is left out.
 
@@ -381,24 +375,20 @@ def train_tokenizer(texts: list[str], *, vocab_size: int) -> "PreTrainedTokenize
     Raises ValueError for no texts.
     Source: Sennrich et al. 2016, "Neural machine translation of rare words with subword units"; Radford et al. 2019.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     if not texts:
         raise ValueError("texts must hold at least one text; got none")
-    specials = ["<pad>", "<bos>", "<eos>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # ids and text say the same
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=specials, show_progress=False, initial_alphabet=alphabet
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
-    )
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # ids and text say the same
+    bpe.decoder = decoders.ByteLevel()
+    how = dict(special_tokens=[*special.values()], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **how))
+    begin = [("<bos>", bpe.token_to_id("<bos>"))]
+    bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=begin)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=bpe, padding_side="left", clean_up_tokenization_spaces=False, **special
+    )

@@ -61,9 +61,7 @@ def sequence_log_prob(token_log_probs: Tensor, mask: Tensor | None = None) -> Te
 
 
 def exact_expectation(
-    log_prob_fn: Callable[[Tensor], Tensor],
-    f: Tensor | Callable[[Tensor], Tensor],
-    sequences: Tensor,
+    log_prob_fn: Callable[[Tensor], Tensor], f: Tensor | Callable[[Tensor], Tensor], sequences: Tensor
 ) -> Tensor:
     """Expectation as the sum over everything that can happen; autograd gives its exact gradient.
 
@@ -269,8 +267,8 @@ class TabularPolicy(nn.Module):
         super().__init__()
         _check_sizes(vocab_size, length, eos_id)
         self.vocab_size, self.length, self.eos_id = vocab_size, length, eos_id
-        num_prefixes = sum(vocab_size**t for t in range(length))
-        noise = torch.randn(num_prefixes, vocab_size, generator=generator, dtype=torch.float64)
+        shape = (sum(vocab_size**t for t in range(length)), vocab_size)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         self.logits = nn.Parameter(scale * noise)
 
     def enumerate(self) -> tuple[Tensor, Tensor]:
@@ -280,8 +278,7 @@ class TabularPolicy(nn.Module):
     def rows(self, sequences: Tensor) -> Tensor:
         """Row of `logits` that holds each state s_t: (N, T) -> (N, T), for T up to L."""
         if sequences.dim() != 2 or not 1 <= sequences.shape[1] <= self.length:
-            shape = tuple(sequences.shape)
-            raise ValueError(f"sequences must have shape (N, 1..{self.length}); got {shape}")
+            raise ValueError(f"sequences must have shape (N, 1..{self.length}); got {tuple(sequences.shape)}")
         tokens = torch.where(eos_mask(sequences, self.eos_id), sequences, 0)
         if ((tokens < 0) | (tokens >= self.vocab_size)).any():
             low, high = tokens.min().item(), tokens.max().item()
@@ -311,9 +308,8 @@ class TabularPolicy(nn.Module):
         """Draws n sequences token by token: sequences (n, L), mask (n, L), 0 after EOS."""
         sequences = torch.zeros(n, self.length, dtype=torch.long)
         for t in range(self.length):
-            logits = self(sequences[:, : t + 1])[:, t]
-            tokens = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-            sequences[:, t] = tokens.squeeze(1)
+            chances = self(sequences[:, : t + 1])[:, t].softmax(dim=-1)
+            sequences[:, t] = torch.multinomial(chances, 1, generator=generator).squeeze(1)
         mask = eos_mask(sequences, self.eos_id)
         return torch.where(mask, sequences, 0), mask
 
@@ -334,10 +330,8 @@ def _check_shape(tensor: Tensor, shape: Sequence[int], name: str) -> None:
 def _check_sums_to_one(totals: Tensor, name: str) -> None:
     error = (totals.detach() - 1).abs()
     if not (error < TOLERANCE).all():  # written so that NaN fails too
-        worst = totals.flatten()[error.argmax()].item()
-        raise ValueError(
-            f"{name} must sum to 1 within {TOLERANCE}; got {worst:.8g}; is every outcome there, exactly once?"
-        )
+        worst, asked = totals.flatten()[error.argmax()].item(), "is every outcome there, exactly once?"
+        raise ValueError(f"{name} must sum to 1 within {TOLERANCE}; got {worst:.8g}; {asked}")
 
 
 def _checked_mask(tensor: Tensor, mask: Tensor | None, name: str) -> Tensor:

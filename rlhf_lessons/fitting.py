@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from rlhf_lessons import tiny_reviews
 from rlhf_lessons.adapters import as_reference
 from rlhf_lessons.checkpoint import Keeper, learnt, load_learnt
 from rlhf_lessons.config import COUNT, POSITIVE
-from rlhf_lessons.data import encode_pair, encode_preferences, encode_prompt, pad
+from rlhf_lessons.data import PREFERENCE_FIELDS, Tokenizer, encode_pair, encode_preferences, encode_prompt, pad
 from rlhf_lessons.device import autocast, make_accelerator
 from rlhf_lessons.forward import context_of
 from rlhf_lessons.generation import respond
@@ -20,17 +20,9 @@ from rlhf_lessons.likelihood import token_terms
 from rlhf_lessons.masking import masked_mean
 from rlhf_lessons.models import check_separate, without_dropout
 from rlhf_lessons.preferences import bradley_terry_loss, dpo_loss, ipo_loss
-from rlhf_lessons.scoring import ids_log_probs, preference_accuracy, score_ids, score_texts, text_log_probs
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from rlhf_lessons.scoring import ids_log_probs, preference_accuracy, score_ids, score_texts, text_log_probs  # noqa: F401
 
 OnStep = Callable[[int, int, float], None]  # (step, steps, loss)
-
-__all__ = [
-    "annotated_preferences", "fit_dpo", "fit_language_model", "fit_reward_model", "language_model_loss",
-    "preference_accuracy", "preference_log_probs", "score_texts",
-]  # fmt: skip
 
 
 def check_finite(measured: Mapping[str, Tensor], place: str) -> list[float]:
@@ -42,9 +34,8 @@ def check_finite(measured: Mapping[str, Tensor], place: str) -> list[float]:
     values = torch.stack([value.detach() for value in measured.values()]).tolist()
     for name, value in zip(measured, values, strict=True):
         if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} is {value} in {place}: a lower learning_rate may help; scores and models must be finite"
-            )
+            advice = "a lower learning_rate may help; scores and models must be finite"
+            raise FloatingPointError(f"{name} is {value} in {place}: {advice}")
     return values
 
 
@@ -76,13 +67,8 @@ def fit(
     POSITIVE.check("epochs", epochs)
     POSITIVE.check("learning_rate", learning_rate)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
+    trained, fused = [p for p in model.parameters() if p.requires_grad], device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)
     steps = max(1, round(epochs * math.ceil(len(lengths) / batch_size)))
     losses: list[float] = []
     if kept := keeper and keeper.load():
@@ -107,9 +93,7 @@ def fit(
         if on_step is not None:
             on_step(step, steps, number)
         if keeper is not None:
-            keeper.offer(step, lambda: {
-                "model": learnt(model), "optimizer": optimizer.state_dict(), "losses": losses,
-            })  # fmt: skip
+            keeper.offer(step, lambda: dict(model=learnt(model), optimizer=optimizer.state_dict(), losses=losses))
     model.eval()
     return losses
 
@@ -120,14 +104,13 @@ def language_model_loss(lm: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def fit_language_model(
-    lm: nn.Module, texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *,
-    epochs: float, batch_size: int = 64, learning_rate: float = 3e-3, max_length: int | None = None, seed: int = 0,
-    device: str = "auto", precision: str = "no", on_step: OnStep | None = None, keeper: Keeper | None = None,
+    lm: nn.Module, texts: Sequence[str], tokenizer: Tokenizer, *, epochs: float, batch_size: int = 64,
+    learning_rate: float = 3e-3, max_length: int | None = None, device: str = "auto", **options: Any,
 ) -> list[float]:  # fmt: skip
     """Train on next-token prediction, each text a row with EOS at its end. Returns the losses, in nats per token.
 
-    Texts longer than max_length tokens are cut there, without an EOS. Raises ValueError for no texts, and what `fit`
-    does.
+    Texts longer than max_length tokens are cut there, without an EOS; options: seed, precision, on_step and keeper, as
+    `fit` takes them. Raises ValueError for no texts, and what `fit` does.
     """
     place = make_accelerator(device).device
     lm.to(place)
@@ -137,29 +120,18 @@ def fit_language_model(
         tokens, mask = pad([sequences[i] for i in rows], tokenizer.pad_token_id, side="right")
         return language_model_loss(lm, tokens.to(place), mask.to(place))
 
-    return fit(
-        lm,
-        loss_of,
-        [len(s) for s in sequences],
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        device=place,
-        precision=precision,
-        on_step=on_step,
-        keeper=keeper,
-    )
+    options |= dict(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, device=place)
+    return fit(lm, loss_of, [len(s) for s in sequences], **options)
 
 
 def fit_reward_model(
-    reward_model: nn.Module, preferences: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase", *,
-    epochs: float = 1, batch_size: int = 32, learning_rate: float = 1e-3, seed: int = 0, device: str = "auto",
-    precision: str = "no", on_step: OnStep | None = None, keeper: Keeper | None = None,
+    reward_model: nn.Module, preferences: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, epochs: float = 1,
+    batch_size: int = 32, learning_rate: float = 1e-3, device: str = "auto", **options: Any,
 ) -> list[float]:  # fmt: skip
     """Train on preferences, {"prompt", "chosen", "rejected"}, by the Bradley–Terry loss. Returns the losses.
 
     One epoch by default: reward models overfit quickly. Afterwards its scores on these texts have mean 0, variance 1.
+    options: seed, precision, on_step and keeper, as `fit` takes them.
     Raises ValueError for no pairs or none whose texts differ, and what `fit` does.
     Source: Ouyang et al. 2022, §3.5.
     """
@@ -175,21 +147,10 @@ def fit_reward_model(
         scores = reward_model(tokens.to(place), mask.to(place))
         return bradley_terry_loss(*scores.split(len(rows)))
 
-    lengths = [max(len(a), len(b)) for a, b in zip(encoded["chosen"], encoded["rejected"], strict=True)]
-    losses = fit(
-        reward_model,
-        loss_of,
-        lengths,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        device=place,
-        precision=precision,
-        on_step=on_step,
-        keeper=keeper,
-    )
-    texts = [ids for pair in zip(encoded["chosen"], encoded["rejected"], strict=True) for ids in pair]
+    pairs = [*zip(encoded["chosen"], encoded["rejected"], strict=True)]
+    options |= dict(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, device=place)
+    losses = fit(reward_model, loss_of, [max(map(len, pair)) for pair in pairs], **options)
+    texts = [ids for pair in pairs for ids in pair]
     reward_model.normalize(score_ids(reward_model, texts, pad_id=tokenizer.pad_token_id))
     return losses
 
@@ -198,16 +159,16 @@ PREFERENCE_LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss}
 
 
 def fit_dpo(
-    policy: nn.Module, reference: nn.Module | None, preferences: Sequence[Mapping[str, str]],
-    tokenizer: "PreTrainedTokenizerBase", *, beta: float, loss: str = "dpo", epochs: float = 2, batch_size: int = 32,
-    learning_rate: float = 5e-4, seed: int = 0, device: str = "auto", precision: str = "no",
-    on_step: OnStep | None = None, keeper: Keeper | None = None,
+    policy: nn.Module, reference: nn.Module | None, preferences: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *,
+    beta: float, loss: str = "dpo", epochs: float = 2, batch_size: int = 32, learning_rate: float = 5e-4,
+    device: str = "auto", precision: str = "no", **options: Any,
 ) -> list[float]:  # fmt: skip
     """Train a language model on preferences, {"prompt", "chosen", "rejected"}, directly. Returns the losses.
 
     policy: a plain language model; reference: a model of its own, or None: the policy with its adapter off; read once,
-    before the first step; loss: "dpo" or "ipo" of `preferences`. Raises ValueError for no pairs, another loss,
-    beta ≤ 0, a reference that shares parameters with the policy, and what `as_reference` and `fit` do.
+    before the first step; loss: "dpo" or "ipo" of `preferences`; options: seed, on_step and keeper, as `fit` takes
+    them. Raises ValueError for no pairs, another loss, beta ≤ 0, a reference that shares parameters with the policy,
+    and what `as_reference` and `fit` do.
     Source: Rafailov et al. 2023, "Direct preference optimization", §4.
     """
     if loss not in PREFERENCE_LOSSES:
@@ -228,30 +189,23 @@ def fit_dpo(
         return PREFERENCE_LOSSES[loss](*log_probs.split(len(rows)), *ref_log_probs[:, rows], beta=beta)
 
     lengths = [len(prompt) + max(map(len, answers)) for prompt, *answers in pairs]
-    return fit(
-        policy, loss_of, lengths, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, weight_decay=0.0,
-        seed=seed, device=place, precision=precision, on_step=on_step, keeper=keeper,
-    )  # fmt: skip
+    options |= dict(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, device=place)
+    return fit(policy, loss_of, lengths, weight_decay=0.0, precision=precision, **options)
 
 
 def preference_log_probs(
-    lm: nn.Module, preferences: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase", *, rows: int = 256
+    lm: nn.Module, preferences: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, rows: int = 256
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N,) of chosen and of rejected responses, EOS included, in nats, on the CPU.
 
     rows: texts read at once. Raises ValueError for no pairs.
     """
-    prompts = [pair["prompt"] for pair in preferences]
-    chosen, rejected = (
-        text_log_probs(lm, tokenizer, prompts, [pair[side] for pair in preferences], batch_size=rows)
-        for side in ("chosen", "rejected")
-    )
+    prompts, *answers = ([pair[name] for pair in preferences] for name in PREFERENCE_FIELDS)
+    chosen, rejected = (text_log_probs(lm, tokenizer, prompts, side, batch_size=rows) for side in answers)
     return chosen, rejected
 
 
-def annotated_preferences(
-    lm: nn.Module, tokenizer: "PreTrainedTokenizerBase", count: int, *, seed: int
-) -> list[dict[str, str]]:
+def annotated_preferences(lm: nn.Module, tokenizer: Tokenizer, count: int, *, seed: int) -> list[dict[str, str]]:
     """Pairs of a language model's answers to the tiny world's prompts, as its annotators chose between them.
 
     Raises ValueError unless count is a whole number >= 1.

@@ -13,23 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_lessons.data import decode, decode_responses, encode_prompts, pad, real_ids
-from rlhf_lessons.forward import (
-    causal_lm_logits,
-    context_of,
-    evaluating,
-    padding_route,
-    plain,
-    position_arguments,
-    takes,
-    takes_ready_masks,
-)
+from rlhf_lessons import forward
+from rlhf_lessons.data import Prompt, Tokenizer, as_record, decode, decode_responses, encode_prompts, pad, real_ids
+from rlhf_lessons.forward import context_of, evaluating, plain
 from rlhf_lessons.masking import full_precision
 from rlhf_lessons.models import bar_unused_ids, check_vocabulary
 from rlhf_lessons.policy_gradient import action_log_probs
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedTokenizerBase
+    from transformers import DynamicCache
 
 
 @dataclass(frozen=True)
@@ -64,7 +56,7 @@ class Samples:
         """The sampled tokens, padded on the right: (B, T)."""
         return self.tokens[:, self.prompt_length :]
 
-    def texts(self, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[str], list[str]]:
+    def texts(self, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
         """Prompts as they were given (as text, where they were not) and responses as they were sampled, as text.
 
         A prompt's begin token and the token that ended a response are left out, any other is shown.
@@ -191,35 +183,31 @@ class Reader:
     def __init__(self, lm: nn.Module, visible: Tensor) -> None:
         self.lm = lm = plain(lm)
         self.visible, self.text = visible, visible.new_zeros(len(visible), 0, dtype=torch.long)
-        self.seen, self.ready_masks = 0, takes_ready_masks(lm)
-        cached = padding_route(lm) != "packed" and takes(type(lm), "past_key_values")
+        self.seen, self.ready_masks = 0, forward.takes_ready_masks(lm)
+        cached = forward.padding_route(lm) != "packed" and forward.takes(type(lm), "past_key_values")
         self.cache = new_kv_cache(lm, visible.shape[1]) if cached else None
-        self.positions = position_arguments(lm, visible)
+        self.positions = forward.position_arguments(lm, visible)
 
     def read(self, input_ids: Tensor) -> Tensor:
         """Logits (B, V) after the next tokens (B, N) of every row."""
         start, self.seen = self.seen, self.seen + input_ids.shape[1]
         seen = self.visible[:, : self.seen]
         if self.cache is not None:
-            keep = {"logits_to_keep": 1} if takes(type(self.lm), "logits_to_keep") else {}
-            output = self.lm(
-                input_ids=input_ids,
-                attention_mask=seen[:, None, None] if self.ready_masks and start > 0 else seen,  # spares making one
-                past_key_values=self.cache,
-                use_cache=True,
-                **keep,
-                **{name: whole[:, start : self.seen] for name, whole in self.positions.items()},
-            )
+            given = {name: whole[:, start : self.seen] for name, whole in self.positions.items()}
+            given |= {"logits_to_keep": 1} if forward.takes(type(self.lm), "logits_to_keep") else {}
+            mask = seen[:, None, None] if self.ready_masks and start > 0 else seen  # spares making one
+            given |= dict(attention_mask=mask, past_key_values=self.cache, use_cache=True)
+            output = self.lm(input_ids=input_ids, **given)
             if self.cache.get_seq_length() == self.seen:
                 return output.logits[:, -1]
             self.cache = None  # the model did not keep its keys and values there, and so has a memory of its own
         self.text = torch.cat([self.text, input_ids], dim=1)
-        return causal_lm_logits(self.lm, self.text, seen, logits_to_keep=1)[:, -1]
+        return forward.causal_lm_logits(self.lm, self.text, seen, logits_to_keep=1)[:, -1]
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone. rows: (N,) long."""
         self.visible, self.text = self.visible[rows], self.text[rows]
-        self.positions = position_arguments(self.lm, self.visible)
+        self.positions = forward.position_arguments(self.lm, self.visible)
         if self.cache is not None:
             self.cache.batch_select_indices(rows)
 
@@ -258,7 +246,7 @@ def new_kv_cache(lm: nn.Module, length: int) -> "DynamicCache | None":
     return cache
 
 
-def eos_ids(lm: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def eos_ids(lm: nn.Module, tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a response: the tokenizer's EOS and those that the model's generation settings name."""
     named = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
     return list(dict.fromkeys([tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or [])]))
@@ -278,17 +266,14 @@ def sample_batch(
     parameters = inspect.signature(sample).parameters.values()
     if uniforms is not None and any(p.name == "uniforms" or p.kind is p.VAR_KEYWORD for p in parameters):
         options["uniforms"] = uniforms
-    responses = sample(lm, input_ids, prompt_mask, **options)
+    responses, (count, length) = sample(lm, input_ids, prompt_mask, **options), input_ids.shape
     return Samples(
         tokens=torch.cat([input_ids, responses.tokens], dim=1),
         attention_mask=torch.cat([prompt_mask, responses.mask], dim=1),
-        response_mask=responses.mask,
-        sampler_log_probs=responses.log_probs,
-        ended=responses.ended,
-        group=torch.arange(len(input_ids), device=input_ids.device) if group is None else group,
-        records=({},) * len(input_ids) if records is None else tuple(records),
-        prompt_length=input_ids.shape[1],
-    )
+        response_mask=responses.mask, sampler_log_probs=responses.log_probs, ended=responses.ended,
+        group=torch.arange(count, device=input_ids.device) if group is None else group,
+        records=({},) * count if records is None else tuple(records), prompt_length=length,
+    )  # fmt: skip
 
 
 def best_of_n(samples: Samples, scores: Tensor) -> Samples:
@@ -307,21 +292,31 @@ def best_of_n(samples: Samples, scores: Tensor) -> Samples:
     return samples.rows(order[first].cpu())
 
 
-def respond(
-    lm: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Mapping[str, Any]], *,
-    max_new_tokens: int = 24, temperature: float = 1.0, generator: torch.Generator | None = None, batch_size: int = 512,
-) -> list[str]:  # fmt: skip
-    """A sampled response to each prompt, as text. Raises ValueError for a prompt too long for the model's context."""
+def answers(
+    lm: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Prompt | Mapping[str, Any]], *, max_new_tokens: int,
+    each: int = 1, **options: Any,
+) -> Samples:  # fmt: skip
+    """A sampled response to each prompt, or to each record with one, in one batch.
+
+    each: how many prompts in a row are one that is drawn so often; options: the others of `sample_responses`. Raises
+    ValueError for a tokenizer that is not the model's, and for a prompt too long for the model's context.
+    """
     check_vocabulary(lm, tokenizer)
     bar_unused_ids(lm, tokenizer)
-    encoded = encode_prompts(tokenizer, prompts, max_new_tokens=max_new_tokens, context=context_of(lm))
-    texts = []
-    for start in range(0, len(encoded), batch_size):
-        input_ids, mask = pad(encoded[start : start + batch_size], tokenizer.pad_token_id, side="left")
-        responses = sample_responses(
-            lm, input_ids.to(lm.device), mask.to(lm.device), max_new_tokens=max_new_tokens,
-            eos_id=eos_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id, temperature=temperature, generator=generator,
-        )  # fmt: skip
-        sampled = real_ids(responses.tokens, responses.mask)
-        texts += decode_responses(tokenizer, encoded[start : start + batch_size], sampled, responses.ended)
-    return texts
+    ids = encode_prompts(tokenizer, prompts, max_new_tokens=max_new_tokens, context=context_of(lm))
+    input_ids, mask = (x.to(lm.device) for x in pad(ids, tokenizer.pad_token_id, side="left"))
+    return sample_batch(
+        lm, input_ids, mask, group=torch.arange(len(ids), device=lm.device) // each, records=[*map(as_record, prompts)],
+        max_new_tokens=max_new_tokens, eos_id=eos_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id, **options,
+    )  # fmt: skip
+
+
+def respond(
+    lm: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Prompt | Mapping[str, Any]], *, max_new_tokens: int = 24,
+    batch_size: int = 512, **options: Any,
+) -> list[str]:  # fmt: skip
+    """A sampled response to each prompt, as text; options and errors are those of `answers`."""
+    ids = encode_prompts(tokenizer, prompts, max_new_tokens=max_new_tokens, context=context_of(lm))
+    parts = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+    drawn = (answers(lm, tokenizer, part, max_new_tokens=max_new_tokens, **options) for part in parts)
+    return [text for samples in drawn for text in samples.texts(tokenizer)[1]]

@@ -23,28 +23,12 @@ MOVES = {"up": (-1, 0), "right": (0, 1), "down": (1, 0), "left": (0, -1)}
 
 GRIDS = {
     # Russell & Norvig, "Artificial Intelligence: A Modern Approach", the 4x3 world, chapter 17.
-    "four_by_three": {
-        "text": "...G\n.#.P\nS...",
-        "slip": 0.2,
-        "step_reward": -0.04,
-        "gamma": 1.0,
-    },
+    "four_by_three": dict(text="...G\n.#.P\nS...", slip=0.2, step_reward=-0.04, gamma=1.0),
     # A longer walk beside pits: the short way is the risky one.
-    "cliff": {
-        "text": ".....\n.....\n..#..\nSPPPG",
-        "slip": 0.1,
-        "step_reward": -0.04,
-        "gamma": 0.95,
-    },
+    "cliff": dict(text=".....\n.....\n..#..\nSPPPG", slip=0.1, step_reward=-0.04, gamma=0.95),
     # These two are small enough for `enumerate_trajectories`.
-    "two_by_two": {"text": "S.\nPG", "slip": 0.2, "step_reward": -0.1, "gamma": 0.9},
-    "corridor": {
-        "text": "S.G",
-        "slip": 0.2,
-        "step_reward": -0.1,
-        "gamma": 0.9,
-        "actions": ("left", "right"),
-    },
+    "two_by_two": dict(text="S.\nPG", slip=0.2, step_reward=-0.1, gamma=0.9),
+    "corridor": dict(text="S.G", slip=0.2, step_reward=-0.1, gamma=0.9, actions=("left", "right")),
 }
 
 
@@ -141,8 +125,7 @@ class GridWorld:
 
     def uniform_policy(self) -> Tensor:
         """Every action equally likely, (S, A)."""
-        shape = (self.num_states, self.num_actions)
-        return torch.full(shape, 1 / self.num_actions, dtype=torch.float64)
+        return torch.full((self.num_states, self.num_actions), 1 / self.num_actions, dtype=torch.float64)
 
     def to_grid(self, values: Tensor) -> Tensor:
         """Values of the states on the map, for a picture: (S,) -> (rows, columns), NaN at walls."""
@@ -217,8 +200,8 @@ class GridWorld:
         return torch.where(self.terminal, 0.0, torch.stack(visits))
 
     def optimal_values(
-        self, *, horizon: int | None = None, tolerance: float = 1e-12, max_sweeps: int = 100_000,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, *, horizon: int | None = None, tolerance: float = 1e-12, max_sweeps: int = 100_000
+    ) -> tuple[Tensor, Tensor]:
         """V* and Q* by value iteration; `Q.argmax(-1)` is an optimal policy.
 
         V(s) ← max_a Σ_s' P(s'|s,a) [r(s,a,s') + γ V(s')], until no value moves by `tolerance`, or
@@ -231,10 +214,9 @@ class GridWorld:
         v = torch.zeros_like(self.start)
         if horizon is not None:
             _check_at_least_one("horizon", horizon)
-            sweeps = []
-            for _ in range(horizon):
-                sweeps.append(self._backup(v))
-                v = sweeps[-1].amax(dim=-1)
+            sweeps = [self._backup(v)]
+            for _ in range(horizon - 1):
+                sweeps.append(self._backup(sweeps[-1].amax(dim=-1)))
             q = torch.stack(sweeps[::-1])
             return q.amax(dim=-1), q
         for _ in range(max_sweeps):
@@ -243,10 +225,8 @@ class GridWorld:
             v = q.amax(dim=-1)
             if change < tolerance:
                 return v, q
-        raise ValueError(
-            f"max_sweeps must be enough for the values to converge; got {max_sweeps}, and with gamma {self.gamma} "
-            "they may never"
-        )
+        raise ValueError(f"max_sweeps must be enough for the values to converge; got {max_sweeps}, and with gamma "
+                         f"{self.gamma} they may never")  # fmt: skip
 
     @torch.no_grad()
     def sample(self, policy: Tensor, n: int, *, horizon: int, generator: torch.Generator | None = None) -> Trajectories:
@@ -262,8 +242,7 @@ class GridWorld:
         steps = []
         for t in range(horizon):
             action = torch.multinomial(policy[t][state], 1, generator=generator).squeeze(1)
-            chances = self.transition[state, action]
-            after = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+            after = torch.multinomial(self.transition[state, action], 1, generator=generator).squeeze(1)
             steps.append(torch.stack([state, action, after], dim=-1))
             state = after
         return self._trajectories(torch.stack(steps, dim=1))
@@ -284,8 +263,7 @@ class GridWorld:
             # An ended walk takes one idle step, which the mask removes.
             allowed = ~self.terminal[edges[:, 0]] | (edges[:, 1] == 0)
             matches = (state[:, None] == edges[:, 0]) & allowed
-            if matches.sum() > max_trajectories:
-                count = matches.sum().item()
+            if (count := int(matches.sum())) > max_trajectories:
                 raise ValueError(f"horizon must give at most {max_trajectories} trajectories; got at least {count}")
             row, edge = matches.nonzero(as_tuple=True)
             paths = torch.cat([paths[row], edges[edge].unsqueeze(1)], dim=1)
@@ -297,15 +275,11 @@ class GridWorld:
         mask = ~self.terminal[steps[..., 0]]
         s, a, after = torch.where(mask.unsqueeze(-1), steps, 0).unbind(dim=-1)
         log_moves = torch.where(mask, self.transition[s, a, after].log(), 0.0)
+        rewards = torch.where(mask, self.rewards[s, a, after], 0.0)
         return Trajectories(
-            states=s,
-            actions=a,
-            rewards=torch.where(mask, self.rewards[s, a, after], 0.0),
-            next_states=after,
-            mask=mask,
-            terminated=mask & self.terminal[after],
-            env_log_prob=self.start[s[:, 0]].log() + log_moves.sum(dim=1),
-        )
+            states=s, actions=a, rewards=rewards, next_states=after, mask=mask,
+            terminated=mask & self.terminal[after], env_log_prob=self.start[s[:, 0]].log() + log_moves.sum(dim=1),
+        )  # fmt: skip
 
     def _backup(self, values: Tensor) -> Tensor:
         """One step of look-ahead: Q(s,a) from the values of the next states, (S,) -> (S, A)."""
@@ -327,9 +301,8 @@ class GridWorld:
         valid = (policy >= 0).all(-1) & ((policy.sum(-1) - 1).abs() < 1e-6)
         if not valid.all():
             where = (~valid).nonzero()[0].tolist()
-            raise ValueError(
-                f"policy must be probabilities in each row; got {policy[tuple(where)].tolist()} in row {where}"
-            )
+            found = policy[tuple(where)].tolist()
+            raise ValueError(f"policy must be probabilities in each row; got {found} in row {where}")
         if horizon is not None:
             _check_at_least_one("horizon", horizon)
             return policy.expand(horizon, *shape)
@@ -377,10 +350,9 @@ def _check_map(text: str) -> None:
 
 
 def _check_settings(slip: float, gamma: float, actions: tuple[str, ...]) -> None:
-    if not 0 <= slip <= 1:
-        raise ValueError(f"slip must be between 0 and 1; got {slip}")
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be between 0 and 1; got {gamma}")
+    for name, value in (("slip", slip), ("gamma", gamma)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be between 0 and 1; got {value}")
     if not actions or len(set(actions)) < len(actions) or not set(actions) <= set(MOVES):
         raise ValueError(f"actions must be distinct names among {tuple(MOVES)}; got {actions}")
 

@@ -22,9 +22,8 @@ def check_same_shape(**tensors: Tensor | None) -> None:
     first_name, first = given[0]
     for name, tensor in given[1:]:
         if tensor.shape != first.shape:
-            raise ValueError(
-                f"{name} must have the shape of {first_name}, {tuple(first.shape)}; got {tuple(tensor.shape)}"
-            )
+            wanted = f"the shape of {first_name}, {tuple(first.shape)}"
+            raise ValueError(f"{name} must have {wanted}; got {tuple(tensor.shape)}")
 
 
 def real_steps(x: Tensor, mask: Tensor | None) -> Tensor:

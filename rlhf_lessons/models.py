@@ -20,17 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_lessons.adapters import add_lora, has_adapter, merged_weights
-from rlhf_lessons.forward import (  # noqa: F401  callers know them from here
-    causal_lm_logits,
-    context_of,
-    evaluating,
-    one_pass,
-    padding_route,
-    plain,
-    position_arguments,
-    takes_ready_masks,
-    trunk_of,
-)
+from rlhf_lessons.forward import causal_lm_logits, one_pass, plain, position_arguments, trunk_of  # noqa: F401
 from rlhf_lessons.masking import full_precision, rounding_variance
 
 if TYPE_CHECKING:
@@ -40,6 +30,7 @@ ASSETS = Path(__file__).parent / "assets"  # the tiny world's models: base, rewa
 VALUE_HEAD_FILE = "value_head.safetensors"  # keys: weight (1, H), bias (1,)
 ADAPTER_FILE = "adapter_config.json"  # of an adapter that PEFT saved
 CRITIC_FOLDER = "critic"  # a separate critic's trunk, itself a Hugging Face checkpoint
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 NOISE = re.compile("drop|jitter", re.IGNORECASE)  # in the names of what is only added in training
 
 
@@ -235,10 +226,8 @@ def load_reward_model(path: str | Path) -> RewardModel:
     from transformers import AutoModelForSequenceClassification
 
     classifier, report = read_checkpoint(AutoModelForSequenceClassification, path, output_loading_info=True)
-    if report["missing_keys"]:
-        raise ValueError(
-            f"{path} must hold a reward model; got a checkpoint without {', '.join(sorted(report['missing_keys']))}"
-        )
+    if missing := ", ".join(sorted(report["missing_keys"])):
+        raise ValueError(f"{path} must hold a reward model; got a checkpoint without {missing}")
     return RewardModel(classifier)
 
 
@@ -257,9 +246,8 @@ def load_causal_lm(path: str | Path) -> nn.Module:
     made_for = " ".join(lm.config.architectures or [])
     has_head = not made_for or "CausalLM" in made_for or "LMHead" in made_for or made_for in FAMILIES.values()
     if report["missing_keys"] or not has_head:
-        raise ValueError(
-            f"{path} must hold a model with a language-model head; got one saved from {made_for or 'another model'}"
-        )
+        saved = f"saved from {made_for or 'another model'}"
+        raise ValueError(f"{path} must hold a model with a language-model head; got one {saved}")
     return lm
 
 
@@ -297,11 +285,11 @@ def prepare_policy(
 
 
 @contextlib.contextmanager
-def said_in_a_line(what: str, path: str | Path) -> Iterator[None]:
+def said_in_a_line(what: str, path: str | Path, errors: tuple[type[Exception], ...] = UNREADABLE) -> Iterator[None]:
     """Whatever goes wrong when something is read from a checkpoint, as one line (ValueError)."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except errors as error:
         raise ValueError(f"cannot load {what} from {str(path)!r}: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -345,9 +333,8 @@ def read_checkpoint(auto_class: type, path: str | Path, **options: Any) -> Any:
         for name in ("activation_function", "hidden_act"):
             if getattr(config, name, None) == "gelu_new":
                 setattr(config, name, "gelu_pytorch_tanh")
-        loaded = auto_class.from_pretrained(
-            str(path), config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
-        )
+        options |= dict(dtype=torch.float32, use_safetensors=True)
+        loaded = auto_class.from_pretrained(str(path), config=config, trust_remote_code=False, **options)
     without_dropout(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
 
@@ -375,10 +362,9 @@ def new_causal_lm(
 
     Initialised from `seed` without touching the global generator.
     """
-    return random_gpt2(
-        seed=seed, vocab_size=len(tokenizer), n_positions=context, n_embd=width, n_layer=layers, n_head=heads,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = dict(n_positions=context, n_embd=width, n_layer=layers, n_head=heads)
+    return random_gpt2(seed=seed, vocab_size=len(tokenizer), **sizes, **ids)
 
 
 def random_gpt2(*, seed: int, classifier: bool = False, **settings: Any) -> nn.Module:
@@ -401,11 +387,9 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """Load a tokenizer, padding on the left; raises ValueError when its pad token is missing or is its EOS."""
     from transformers import AutoTokenizer
 
-    try:
+    with said_in_a_line("a tokenizer", path, (Exception,)):  # tokenizers has none of its own for an unreadable file
         check_source(path)
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # tokenizers has no exception of its own for a file that it cannot read
-        raise ValueError(f"cannot load a tokenizer from {str(path)!r}: {' '.join(str(error).split())[:300]}") from error
     check_tokenizer(tokenizer)
     tokenizer.padding_side = "left"
     return tokenizer
@@ -416,9 +400,8 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an EOS token: without one no response ever ends")
     if tokenizer.pad_token_id is None:
-        raise ValueError(
-            'tokenizer must have a pad token: add one, e.g. tokenizer.add_special_tokens({"pad_token": "<pad>"})'
-        )
+        advice = 'add one, e.g. tokenizer.add_special_tokens({"pad_token": "<pad>"})'
+        raise ValueError(f"tokenizer must have a pad token: {advice}")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ValueError("tokenizer must not use its EOS token as padding, which hides endings: save another pad_token")
 

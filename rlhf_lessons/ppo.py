@@ -8,15 +8,9 @@ named `old_*` and held constant. `clip_eps` is one ε, or two, (down, up), for a
 import torch
 from torch import Tensor
 
+from rlhf_lessons import masking
 from rlhf_lessons.importance import importance_ratio, sequence_ratio
-from rlhf_lessons.masking import (
-    check_same_shape,
-    full_precision,
-    masked_mean,
-    masked_var,
-    real_steps,
-    rounding_variance,
-)
+from rlhf_lessons.masking import check_same_shape, full_precision, masked_mean, masked_var, real_steps
 
 ClipEps = float | tuple[float, float]
 
@@ -168,5 +162,5 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = No
     mask = real_steps(returns, mask)
     returns, values = (torch.where(mask, full_precision(x), 0) for x in (returns, values))
     variance = masked_var(returns, mask)
-    flat = variance <= rounding_variance(masked_mean(returns.square(), mask))
+    flat = variance <= masking.rounding_variance(masked_mean(returns.square(), mask))
     return torch.where(flat, 0, 1 - masked_var(returns - values, mask) / torch.where(flat, 1, variance))

@@ -5,7 +5,7 @@ Shapes: B rows, P prompt positions (padded on the left), T response positions (p
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +14,15 @@ from torch import Tensor, nn
 from rlhf_lessons.adapters import as_reference
 from rlhf_lessons.advantages import gae
 from rlhf_lessons.config import PPOConfig, TrainerConfig
-from rlhf_lessons.data import pad
+from rlhf_lessons.data import Tokenizer, pad
 from rlhf_lessons.forward import evaluating
 from rlhf_lessons.generation import Responses, Samples, sample_batch, sample_responses
 from rlhf_lessons.kl import sampled_kl, shaped_rewards
-from rlhf_lessons.likelihood import policy_outputs, reference_logits, token_terms
+from rlhf_lessons.likelihood import policy_outputs, reference_logits, token_terms  # noqa: F401
 from rlhf_lessons.masking import masked_mean, masked_whiten
 from rlhf_lessons.models import bar_unused_ids, check_vocabulary
 from rlhf_lessons.policy_gradient import action_log_probs
 from rlhf_lessons.scoring import Scorer, missing_eos_scores
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "Credited", "Rollout", "RolloutBatch", "check_language_model", "collect", "collect_rollout", "describe", "joined",
-    "policy_outputs", "ppo_credit", "reference_logits", "response_values", "sample_responses", "state_values",
-]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,22 +94,22 @@ def by_chunks(samples: Samples, rows: int, function: Callable[[Samples], Tensor]
 
 def response_log_probs(lm: nn.Module, samples: Samples, config: TrainerConfig) -> Tensor:
     """Log-probabilities (B, T) of the sampled tokens under a plain language model, in one pass over whole texts."""
-    return by_chunks(
-        samples, config.scored_rows,
-        lambda chunk: token_terms(
-            lm, chunk.tokens, chunk.attention_mask, chunk.response_mask, temperature=config.temperature
-        ).log_probs,
-    )  # fmt: skip
+
+    def log_probs(chunk: Samples) -> Tensor:
+        mask = chunk.response_mask
+        return token_terms(lm, chunk.tokens, chunk.attention_mask, mask, temperature=config.temperature).log_probs
+
+    return by_chunks(samples, config.scored_rows, log_probs)
 
 
 @torch.no_grad()
 def response_values(policy: nn.Module, samples: Samples, config: TrainerConfig) -> Tensor:
     """Values (B, T) of the states that the tokens were sampled in, in one pass over whole texts."""
-    length = samples.responses.shape[1]
-    return by_chunks(
-        samples, config.scored_rows,
-        lambda chunk: state_values(policy, chunk.tokens, chunk.attention_mask, length=length),
-    )  # fmt: skip
+
+    def values(chunk: Samples) -> Tensor:
+        return state_values(policy, chunk.tokens, chunk.attention_mask, length=chunk.responses.shape[1])
+
+    return by_chunks(samples, config.scored_rows, values)
 
 
 @torch.no_grad()
@@ -130,21 +122,15 @@ def collect(
     reference: a model of its own, or None: the policy's with its adapter off (`as_reference`); input_ids,
     attention_mask (B, P): prompts, padded on the left; options: the others of `sample_batch`.
     """
-    samples = sample_batch(
-        lm, input_ids, attention_mask, sample=sample, max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, **options,
-    )  # fmt: skip
+    options |= dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+    samples = sample_batch(lm, input_ids, attention_mask, sample=sample, **options)
     exact = getattr(sample, "exact", True)
     log_probs = samples.sampler_log_probs if exact else response_log_probs(lm, samples, config)
     with as_reference(lm, reference) as held_to:
         ref_log_probs = response_log_probs(held_to, samples, config)
     penalty, mode = config.missing_eos_penalty, config.missing_eos_mode
-    rollout = Rollout(
-        **vars(samples),
-        log_probs=log_probs,
-        ref_log_probs=ref_log_probs,
-        scores=missing_eos_scores(scorer(samples), samples.ended, penalty=penalty, mode=mode),
-    )
+    scores = missing_eos_scores(scorer(samples), samples.ended, penalty=penalty, mode=mode)
+    rollout = Rollout(**vars(samples), log_probs=log_probs, ref_log_probs=ref_log_probs, scores=scores)
     tolerance = None if exact else getattr(sample, "tolerance", None)
     if tolerance is not None and not float(sampler_error(rollout)) <= tolerance:
         raise ValueError(
@@ -156,7 +142,7 @@ def collect(
 
 
 @torch.no_grad()
-def check_language_model(policy: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
+def check_language_model(policy: nn.Module, tokenizer: Tokenizer) -> None:
     """Raise ValueError for a model, with or without a value head, that means one thing and samples or learns another.
 
     Its ids are checked, and those that the tokenizer lacks barred. Then it samples a few tokens after short prompts and
@@ -172,22 +158,18 @@ def check_language_model(policy: nn.Module, tokenizer: "PreTrainedTokenizerBase"
         raise ValueError(f"{type(lm).__name__} must read plain texts, padded or not; got {reason[:300]}") from error
     for how, error in errors.items():
         if not error <= (1e-3 if torch.finfo(lm.dtype).bits >= 32 else 0.25):
-            raise ValueError(
-                f"{type(lm).__name__} must give a token the same log-probability {how} as in its text alone; got "
-                f"{error:.2g} more or less"
-            )
+            same = f"the same log-probability {how} as in its text alone"
+            raise ValueError(f"{type(lm).__name__} must give a token {same}; got {error:.2g} more or less")
 
 
-def reading_errors(policy: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> dict[str, float]:
+def reading_errors(policy: nn.Module, tokenizer: Tokenizer) -> dict[str, float]:
     """Largest distances of log-probabilities, sampled and scored in training mode, from those of each text alone."""
     lm, pad_id = getattr(policy, "lm", policy), tokenizer.pad_token_id
     words = sorted({*tokenizer.get_vocab().values()} - {pad_id, tokenizer.eos_token_id})
     prompts = [[words[(row + 3 * i) % len(words)] for i in range(length)] for row, length in enumerate((4, 2, 1))]
     input_ids, mask = (x.to(lm.device) for x in pad(prompts, pad_id, side="left"))
-    samples = sample_batch(
-        lm, input_ids, mask, max_new_tokens=3, eos_id=words[::2], pad_id=pad_id,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    samples = sample_batch(lm, input_ids, mask, max_new_tokens=3, eos_id=words[::2], pad_id=pad_id, generator=generator)
     with torch.enable_grad():  # without, it would be read in evaluation mode
         scored = token_terms(policy, samples.tokens, samples.attention_mask, samples.response_mask).log_probs
     alone = torch.zeros_like(samples.sampler_log_probs)
@@ -227,8 +209,7 @@ def collect_rollout(
     def of_tokens(samples: Samples) -> Tensor:
         return score(samples.tokens, samples.attention_mask, samples.response_mask)
 
-    rollout = collect(
-        policy.lm, reference, score if isinstance(score, Scorer) else of_tokens, input_ids, attention_mask,
-        config=config, sample=sample, eos_id=eos_id, pad_id=pad_id, generator=generator,
-    )  # fmt: skip
+    scorer, options = score if isinstance(score, Scorer) else of_tokens, dict(config=config, sample=sample)
+    rollout = collect(policy.lm, reference, scorer, input_ids, attention_mask, eos_id=eos_id, pad_id=pad_id,
+                      generator=generator, **options)  # fmt: skip
     return ppo_credit(rollout, response_values(policy, rollout, config), config=config, kl_coef=kl_coef)

@@ -3,19 +3,16 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_lessons.data import Prompt, encode_prompt, encode_response, pad
+from rlhf_lessons.data import PREFERENCE_FIELDS, Prompt, Tokenizer, encode_prompt, encode_response, pad
 from rlhf_lessons.forward import context_of
 from rlhf_lessons.generation import Samples
 from rlhf_lessons.likelihood import token_terms
 from rlhf_lessons.masking import check_same_shape, full_precision
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Scorer:
@@ -49,7 +46,7 @@ class TextScorer(Scorer):
     lists; an argument `ended` gets whether each response ended, where no column is called so.
     """
 
-    def __init__(self, function: Callable[..., Any], tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, function: Callable[..., Any], tokenizer: Tokenizer) -> None:
         self.function, self.tokenizer = function, tokenizer
         parameters = inspect.signature(function).parameters
         self.texts, self.columns = list(parameters)[:2], list(parameters)[2:]
@@ -67,14 +64,12 @@ class TextScorer(Scorer):
 
 
 def as_scorer(
-    score: Scorer | nn.Module | Callable[..., Any], tokenizer: "PreTrainedTokenizerBase", *, rows: int | None = None
+    score: Scorer | nn.Module | Callable[..., Any], tokenizer: Tokenizer, *, rows: int | None = None
 ) -> Scorer:
     """A scorer as it is, a reward model or a function of texts as the scorer made of it."""
-    if isinstance(score, Scorer):
-        return score
     if isinstance(score, nn.Module):
         return ModelScorer(score, rows=rows)
-    return TextScorer(score, tokenizer)
+    return score if isinstance(score, Scorer) else TextScorer(score, tokenizer)
 
 
 def as_scores(scores: Any, count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -135,7 +130,7 @@ def best_of_mean(scores: Tensor, values: Tensor, n: int) -> Tensor:
 
 
 def score_texts(
-    reward_model: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], responses: Sequence[str],
+    reward_model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Prompt], responses: Sequence[str],
     *, ended: Sequence[bool] | None = None, sampled: bool = False, batch_size: int = 256,
 ) -> Tensor:  # fmt: skip
     """A reward model's scores (N,) of texts, on the CPU.
@@ -163,28 +158,23 @@ def score_ids(reward_model: nn.Module, rows: list[list[int]], *, pad_id: int, ba
     longest, context = max(map(len, rows)), context_of(reward_model)
     if longest > context:
         raise ValueError(f"texts must have at most {context} tokens, the reward model's context; got one of {longest}")
-    device, scores = next(reward_model.parameters()).device, []
-    for start in range(0, len(rows), batch_size):
-        tokens, mask = pad(rows[start : start + batch_size], pad_id, side="right")
-        scores.append(reward_model(tokens.to(device), mask.to(device)).cpu())
-    return torch.cat(scores)
+    device, starts = next(reward_model.parameters()).device, range(0, len(rows), batch_size)
+    chunks = (pad(rows[start : start + batch_size], pad_id, side="right") for start in starts)
+    return torch.cat([reward_model(tokens.to(device), mask.to(device)).cpu() for tokens, mask in chunks])
 
 
 def preference_accuracy(
-    reward_model: nn.Module, preferences: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase"
+    reward_model: nn.Module, preferences: Sequence[Mapping[str, str]], tokenizer: Tokenizer
 ) -> float:
     """Share of the pairs in which the chosen text scores higher than the rejected one; equal scores count a half."""
-    prompts = [pair["prompt"] for pair in preferences]
-    chosen, rejected = (
-        score_texts(reward_model, tokenizer, prompts, [pair[side] for pair in preferences])
-        for side in ("chosen", "rejected")
-    )
+    prompts, *answers = ([pair[name] for pair in preferences] for name in PREFERENCE_FIELDS)
+    chosen, rejected = (score_texts(reward_model, tokenizer, prompts, side) for side in answers)
     return float(((chosen - rejected).sign() + 1).mean() / 2)
 
 
 @torch.no_grad()
 def text_log_probs(
-    lm: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], responses: Sequence[str], *,
+    lm: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Prompt], responses: Sequence[str], *,
     temperature: float = 1.0, batch_size: int = 256,
 ) -> Tensor:  # fmt: skip
     """Log-probability (N,) that a language model answers a prompt with this response and then ends it, in nats.

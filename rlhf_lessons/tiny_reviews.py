@@ -25,98 +25,46 @@ MAX_RESPONSE_TOKENS = 24  # including EOS
 # --- Lexicon: classes of words that can stand in for each other --------------------------------
 
 SENTIMENT_CLASSES = {  # class -> sentiment -> words; 0 is neutral
-    "ADJ": {
-        2: "superb brilliant wonderful amazing excellent",
-        1: "good funny clever charming nice fresh",
-        0: "familiar ordinary long short simple average modern quiet",
-        -1: "bad dull weak silly bland messy",
-        -2: "terrible awful dreadful horrible atrocious",
-    },
-    "NOUN": {
-        2: "masterpiece triumph",
-        1: "pleasure success delight",
-        0: "drama comedy thriller sequel remake",
-        -1: "mess bore letdown",
-        -2: "disaster catastrophe",
-    },
-    "ACTED": {
-        2: "dazzled soared",
-        1: "worked succeeded shone",
-        0: "continued changed returned appeared happened",
-        -1: "dragged stumbled faltered",
-        -2: "failed collapsed",
-    },
-    "AFFECTED": {
-        2: "thrilled amazed",
-        1: "charmed pleased delighted",
-        0: "surprised followed reached puzzled",
-        -1: "bored annoyed confused",
-        -2: "disgusted tormented",
-    },
-    "MANNER": {
-        2: "brilliantly beautifully",
-        1: "nicely smoothly gracefully",
-        0: "slowly quickly quietly calmly",
-        -1: "badly poorly clumsily",
-        -2: "terribly horribly",
-    },
-    "LIKED": {
-        2: "loved adored",
-        1: "liked enjoyed admired",
-        0: "watched noticed remembered studied",
-        -1: "disliked regretted resented",
-        -2: "hated loathed",
-    },
-    "LIKE": {
-        2: "love adore",
-        1: "like enjoy admire",
-        0: "notice remember study",
-        -1: "dislike regret resent",
-        -2: "hate loathe",
-    },
-    "ADVISE": {
-        2: "cherish treasure",
-        1: "recommend praise",
-        0: "describe mention",
-        -1: "skip avoid",
-        -2: "condemn ban",
-    },
-}
+    "ADJ": {2: "superb brilliant wonderful amazing excellent", 1: "good funny clever charming nice fresh",
+            0: "familiar ordinary long short simple average modern quiet",
+            -1: "bad dull weak silly bland messy", -2: "terrible awful dreadful horrible atrocious"},
+    "NOUN": {2: "masterpiece triumph", 1: "pleasure success delight", 0: "drama comedy thriller sequel remake",
+             -1: "mess bore letdown", -2: "disaster catastrophe"},
+    "ACTED": {2: "dazzled soared", 1: "worked succeeded shone", 0: "continued changed returned appeared happened",
+              -1: "dragged stumbled faltered", -2: "failed collapsed"},
+    "AFFECTED": {2: "thrilled amazed", 1: "charmed pleased delighted", 0: "surprised followed reached puzzled",
+                 -1: "bored annoyed confused", -2: "disgusted tormented"},
+    "MANNER": {2: "brilliantly beautifully", 1: "nicely smoothly gracefully", 0: "slowly quickly quietly calmly",
+               -1: "badly poorly clumsily", -2: "terribly horribly"},
+    "LIKED": {2: "loved adored", 1: "liked enjoyed admired", 0: "watched noticed remembered studied",
+              -1: "disliked regretted resented", -2: "hated loathed"},
+    "LIKE": {2: "love adore", 1: "like enjoy admire", 0: "notice remember study",
+             -1: "dislike regret resent", -2: "hate loathe"},
+    "ADVISE": {2: "cherish treasure", 1: "recommend praise", 0: "describe mention",
+               -1: "skip avoid", -2: "condemn ban"},
+}  # fmt: skip
 MODIFIER_CLASSES = {  # class -> factor on the sentiment of the next sentiment word -> words
     "DEGREE": {1.4: "very really truly extremely", 0.6: "slightly somewhat fairly rather"},
     "EMPHASIS": {1.4: "really truly absolutely", 0.6: "rather"},
     "GRADE": {1.4: "real complete total", 0.6: "minor"},
 }
 PLAIN_CLASSES = {
-    "THING": "plot story acting script villain camera music ending dialogue hero pacing director "
-    "soundtrack scenery humor film",
+    "THING": "plot story acting script villain camera music ending dialogue hero pacing director soundtrack scenery "
+             "humor film",
     "THINGS": "actors jokes scenes effects songs characters costumes visuals",
     "MOVED": "moved unfolded developed began ended",
-}
+}  # fmt: skip
 
 # --- Grammar: symbol -> {expansion: weight}; every name that is no key is a class or a word -----
 
 GRAMMAR = {
-    "REVIEW": {
-        "START END": 2,
-        "START SAME END": 4,
-        "START TURN END": 4,
-        "START SAME SAME END": 2,
-        "START SAME TURN END": 2,
-        "START TURN SAME END": 2,
-        "START SAME SAME SAME END": 2,
-        "START SAME TURN SAME END": 2,
-    },
+    "REVIEW": {"START END": 2, "START SAME END": 4, "START TURN END": 4, "START SAME SAME END": 2,
+               "START SAME TURN END": 2, "START TURN SAME END": 2, "START SAME SAME SAME END": 2,
+               "START SAME TURN SAME END": 2},
     "START": {  # the bar ends the prompt
-        "the THING | DID": 2,
-        "the THING was | CLAIM": 3,
-        "the THINGS were | QUALITY": 2,
-        "i thought the THING | DID": 2,
-        "i thought the THING was | CLAIM": 2,
-        "in my opinion the THINGS | DO": 1,
-        "overall the THINGS | DO": 1,
-        "honestly i | OPINED": 1,
-        "to be honest i | OPINED": 1,
+        "the THING | DID": 2, "the THING was | CLAIM": 3, "the THINGS were | QUALITY": 2,
+        "i thought the THING | DID": 2, "i thought the THING was | CLAIM": 2, "in my opinion the THINGS | DO": 1,
+        "overall the THINGS | DO": 1, "honestly i | OPINED": 1, "to be honest i | OPINED": 1,
     },
     "SAME": {"and CLAUSE": 3, ", CLAUSE": 1, ", and CLAUSE": 1, "while CLAUSE": 1},
     "TURN": {"but CLAUSE": 3, ", but CLAUSE": 1, ", yet CLAUSE": 1, "though CLAUSE": 1},
@@ -126,22 +74,11 @@ GRAMMAR = {
     "DO": {"were QUALITY": 4, "ACT": 2},
     "CLAIM": {"QUALITY": 5, "a NOUN": 1, "a GRADE NOUN": 1, "not a NOUN": 0.5},
     "QUALITY": {"ADJ": 4, "DEGREE ADJ": 3, "not ADJ": 1, "ADJ and ADJ": 1},
-    "ACT": {
-        "ACTED": 2,
-        "never ACTED": 0.5,
-        "MOVED MANNER": 2,
-        "AFFECTED me": 2,
-        "EMPHASIS AFFECTED me": 1,
-    },
-    "OPINED": {
-        "LIKED OBJECT": 3,
-        "EMPHASIS LIKED OBJECT": 1,
-        "did not LIKE OBJECT": 1,
-        "would ADVISE OBJECT": 1,
-        "would not ADVISE OBJECT": 0.5,
-    },
+    "ACT": {"ACTED": 2, "never ACTED": 0.5, "MOVED MANNER": 2, "AFFECTED me": 2, "EMPHASIS AFFECTED me": 1},
+    "OPINED": {"LIKED OBJECT": 3, "EMPHASIS LIKED OBJECT": 1, "did not LIKE OBJECT": 1, "would ADVISE OBJECT": 1,
+               "would not ADVISE OBJECT": 0.5},
     "OBJECT": {"the THING": 3, "the THINGS": 2, "it": 1},
-}
+}  # fmt: skip
 TONES = {1: 4, -1: 4, 0: 1}  # sign of a review's first clause -> weight
 TURNS = {"but", "yet", "though"}  # from here on the review's tone is the opposite one
 NEGATIONS = {"not", "never"}
@@ -164,9 +101,8 @@ def _by_word(classes):
 
 SENTIMENT = _by_word(SENTIMENT_CLASSES)
 MODIFIERS = _by_word(MODIFIER_CLASSES)
-WORD_CLASSES = {
-    name: " ".join(table.values()).split() for name, table in {**SENTIMENT_CLASSES, **MODIFIER_CLASSES}.items()
-} | {name: words.split() for name, words in PLAIN_CLASSES.items()}
+_joined = {name: " ".join(table.values()) for name, table in {**SENTIMENT_CLASSES, **MODIFIER_CLASSES}.items()}
+WORD_CLASSES = {name: words.split() for name, words in {**_joined, **PLAIN_CLASSES}.items()}
 CONTENT_WORDS = {word for words in WORD_CLASSES.values() for word in words}
 
 
@@ -189,14 +125,9 @@ def allowed_pairs() -> set[tuple[str, str]]:
     Two words can be neighbours if one rule has two neighbouring symbols of which the left one can
     end in the first word and the right one can begin with the second.
     """
-    rules = [["<bos>", "REVIEW", "<eos>"]]
-    rules += [rule for symbol in GRAMMAR for rule in _expansions(symbol)]
-    return {
-        pair
-        for rule in rules
-        for left, right in pairwise(rule)
-        for pair in product(_edge_words(left, -1), _edge_words(right, 0))
-    }
+    rules = [["<bos>", "REVIEW", "<eos>"], *(rule for symbol in GRAMMAR for rule in _expansions(symbol))]
+    neighbours = {pair for rule in rules for pair in pairwise(rule)}
+    return {pair for left, right in neighbours for pair in product(_edge_words(left, -1), _edge_words(right, 0))}
 
 
 ALLOWED_PAIRS = allowed_pairs()
@@ -416,9 +347,7 @@ def build_tokenizer(words: Sequence[str] = WORDS) -> "PreTrainedTokenizerFast":
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
     )
+    special = {f"{token[1:-1]}_token": token for token in SPECIAL_TOKENS}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        **{f"{token[1:-1]}_token": token for token in SPECIAL_TOKENS},
+        tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False, **special
     )

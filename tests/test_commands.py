@@ -25,7 +25,7 @@ import torch
 
 import rlhf_lessons
 from rlhf_lessons import __main__ as commands
-from rlhf_lessons.app.options import EXAMPLES, USES, build_parser, check_given
+from rlhf_lessons.app.options import HELP, OTHERS, SOURCES, USES, WHAT, build_parser, check_given
 from rlhf_lessons.app.run_folder import read_metrics
 from rlhf_lessons.config import METHODS, PRESETS, ModelConfig, PPOConfig, PretrainConfig, RewardConfig, Settings
 from rlhf_lessons.models import ASSETS
@@ -674,6 +674,10 @@ def test_options_that_a_method_does_not_read_are_refused(options, message):
         check_given(build_parser().parse_args(["run", *options.split()]))
 
 
+def test_what_is_said_of_an_option_is_said_of_one_that_there_is():
+    assert WHAT.keys() == {**SOURCES, **OTHERS}.keys()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_help_lists_a_command_s_options(name, run):
     code, text, _ = run(name, "--help")
@@ -687,7 +691,7 @@ def test_the_version_is_the_package_s(run):
 
 def test_the_examples_are_commands():
     parser = commands.build_parser()
-    lines = [line for text in EXAMPLES.values() for line in text.splitlines()]
+    lines = [line for text in HELP.values() for line in text.splitlines()]
     examples = [re.split(r"\s{3,}", line.strip())[0] for line in lines if "python -m" in line]
     assert len(examples) >= 10
     for example in examples:

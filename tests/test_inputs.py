@@ -16,10 +16,6 @@ from rlhf_lessons.__main__ import main
 from rlhf_lessons.app import inputs as room
 from rlhf_lessons.app.inputs import (
     Model,
-    check_lengths,
-    choose_pairs,
-    choose_prompts,
-    choose_score,
     import_score,
     load_model,
     read_alike,
@@ -58,7 +54,7 @@ def test_prompts_come_from_what_is_given_and_the_user_is_told(corpus, pairs, tmp
     (tmp_path / "prompts.txt").write_text("good\nfilm")
 
     def prompts(words=3, **given):
-        chosen = choose_prompts(brought(**given), opening_words=words, seed=0)
+        chosen = brought(**given).choose_prompts(opening_words=words, seed=0)
         return [p if isinstance(p, str) else p["prompt"] for p in chosen], capsys.readouterr().err
 
     given = dict(corpus=corpus, preferences=pairs)
@@ -82,7 +78,7 @@ def test_what_is_read_knows_its_line(pairs):
     found = brought(preferences=pairs)
     places = [f"{pairs}, line 1", f"{pairs}, line 3"]
     assert [pair.place for pair in found.preferences] == places
-    assert [prompt.place for prompt in choose_prompts(found, opening_words=3, seed=0)] == places
+    assert [prompt.place for prompt in found.choose_prompts(opening_words=3, seed=0)] == places
 
 
 def test_the_gold_reward_belongs_to_the_tiny_world(corpus, pairs):
@@ -102,8 +98,8 @@ def test_pairs_longer_than_the_context_are_counted(make_lm, tokenizer, tmp_path,
 
     def kept(long):
         found = brought(preferences=path, model=tmp_path / "lm", long_pairs=long)
-        check_lengths(found, tokenizer, found.model.network)
-        return choose_pairs(found, "preferences", tokenizer, found.model.network), found
+        found.check_lengths(Model(found.model.network, tokenizer, ""))
+        return found.choose_pairs("preferences", Model(found.model.network, tokenizer, "")), found
 
     with pytest.raises(ValueError, match="pairs.jsonl, line 2: prompt and chosen must fit the model's context of 32"):
         kept("refuse")
@@ -111,15 +107,15 @@ def test_pairs_longer_than_the_context_are_counted(make_lm, tokenizer, tmp_path,
     assert chosen == [pairs[0], pairs[3]]
     said = capsys.readouterr().err
     assert f"2 of the 4 pairs in {path} are longer than 32 tokens (drop: 2 are read)\n" in said
-    prompts = choose_prompts(found, opening_words=3, seed=0, max_new_tokens=5)
+    prompts = found.choose_prompts(opening_words=3, seed=0, max_new_tokens=5)
     assert [prompt.place for prompt in prompts] == [f"{path}, line {number}" for number in (1, 3, 4)]
-    assert len(choose_prompts(found, opening_words=3, seed=0, max_new_tokens=6)) == 2  # 27 tokens and 6, of 32
+    assert len(found.choose_prompts(opening_words=3, seed=0, max_new_tokens=6)) == 2  # 27 tokens and 6, of 32
     with pytest.raises(ValueError, match="pairs.jsonl: none of its prompts leaves room for a response"):
-        choose_prompts(found, opening_words=3, seed=0, max_new_tokens=31)
+        found.choose_prompts(opening_words=3, seed=0, max_new_tokens=31)
     chosen, found = kept("cut")
     assert [len(pair["prompt"]) for pair in chosen[1:2]] == [30] and len(chosen) == 3
     assert "2 of the 4 pairs" in (said := capsys.readouterr().err) and "(cut: 3 are read)\n" in said
-    assert choose_pairs(found, "eval_preferences", tokenizer, found.model.network) == []
+    assert found.choose_pairs("eval_preferences", Model(found.model.network, tokenizer, "")) == []
 
 
 def test_unknown_words_are_told(tokenizer, capsys, tmp_path):
@@ -137,10 +133,10 @@ def test_a_reward_model_scores_tokens_or_texts(make_reward_model, make_tokenizer
     """With the policy's tokenizer it is used itself; with another it reads texts, and gives the same scores."""
     model = make_reward_model()
     reward_model, nothing = Model(model, tokenizer, "reward"), brought()
-    assert choose_score(nothing, reward_model, tokenizer, device="cpu") is model
+    assert nothing.choose_score(reward_model, tokenizer, device="cpu") is model
     other = make_tokenizer()
     other.add_tokens(["plot"])
-    by_text = choose_score(nothing, reward_model, other, device="cpu")
+    by_text = nothing.choose_score(reward_model, other, device="cpu")
     assert not isinstance(by_text, torch.nn.Module)
     ids = torch.tensor([[1, 6, 4, 2], [1, 6, 5, 2]])  # <bos> film good <eos>, <bos> film bad <eos>
     expected = model(ids, torch.ones_like(ids)).tolist()
@@ -173,7 +169,7 @@ def test_tokenizers_read_alike_that_share_words_and_ends(make_tokenizer, tokeniz
 def test_a_reward_model_with_another_eos_reads_its_own(make_reward_model, make_tokenizer, tokenizer):
     """The policy ends by ".", which the reward model would take for a word; what never ended gets no EOS."""
     model, policy_s = make_reward_model(), make_tokenizer(eos_token=".")
-    score = choose_score(brought(), Model(model, tokenizer, "reward"), policy_s, device="cpu")
+    score = brought().choose_score(Model(model, tokenizer, "reward"), policy_s, device="cpu")
     batch = samples_of([[1, 6], [1, 6]], [[4, 7], [4, 5]], ended=[True, False])
     scores = as_scorer(score, policy_s)(batch).tolist()
     rows = [torch.tensor([ids]) for ids in ([1, 6, 4, 2], [1, 6, 4, 5])]
@@ -188,7 +184,7 @@ def test_a_reward_model_reads_chats_by_its_own_template(make_reward_model, make_
     batch = samples_of([ids], [[5, 7]], ended=[True], records=[{"prompt": chat}])
     for template, read in ((None, [1, 4, 6, 5, 2]), ("bad bad {{ messages[0].content }}", [5, 5, 6, 5, 2])):
         own = make_tokenizer(chat_template=template)
-        score = choose_score(brought(), Model(model, own, "reward"), policy_s, device="cpu")
+        score = brought().choose_score(Model(model, own, "reward"), policy_s, device="cpu")
         expected = model(torch.tensor([read]), torch.ones(1, len(read))).item()
         assert as_scorer(score, policy_s)(batch).item() == pytest.approx(expected, abs=1e-5)
 
@@ -216,7 +212,7 @@ def test_a_chat_of_the_preferences_that_cannot_be_asked_is_named(folder):
     (folder / "pairs.jsonl").write_text(json.dumps(pair | {"prompt": "film"}) + "\n" + json.dumps(pair))
     found = brought(model="lm", preferences="pairs.jsonl", long_pairs="drop")
     with pytest.raises(ValueError, match="pairs.jsonl, line 2: messages must suit the tokenizer's chat template"):
-        choose_prompts(found, opening_words=0, seed=0)
+        found.choose_prompts(opening_words=0, seed=0)
 
 
 def test_a_reward_model_with_its_own_tokenizer_reads_a_word_s_second_half(make_reward_model):
@@ -228,7 +224,7 @@ def test_a_reward_model_with_its_own_tokenizer_reads_a_word_s_second_half(make_r
         data.encode_prompt(policy_s, "the plot wa"),
         data.encode_response(policy_s, "the plot wa", "s good", sampled=True),
     )
-    score = choose_score(brought(), Model(model, own, "reward"), policy_s, device="cpu")
+    score = brought().choose_score(Model(model, own, "reward"), policy_s, device="cpu")
     batch = samples_of([ids[0]], [ids[1]], records=[{"prompt": "the plot wa"}])
     read = data.encode_prompt(own, "the plot wa")
     read += data.encode_response(own, "the plot wa", "s good", sampled=True)
@@ -352,10 +348,10 @@ def test_looking_at_what_is_brought_changes_no_global_state(live, folder, make_t
     assert before[0] and before[1]
     given = dict(corpus="corpus.txt", preferences="pairs.jsonl", prompts="prompts.txt", reward_model="reward")
     found = brought(model="lm", **given, device="auto")
-    choose_prompts(found, opening_words=3, seed=0)
-    check_lengths(found, found.model.tokenizer, found.model.network, prompts=found.prompts, max_new_tokens=4)
+    found.choose_prompts(opening_words=3, seed=0)
+    found.check_lengths(found.model, prompts=found.prompts, max_new_tokens=4)
     other = make_tokenizer()
     other.add_tokens(["plot"])
-    score = choose_score(found, found.reward_model, other, device="cpu")
+    score = found.choose_score(found.reward_model, other, device="cpu")
     assert len(score(["film"], ["good"])) == 1
     assert global_state() == before

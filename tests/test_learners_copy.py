@@ -13,7 +13,7 @@ import pytest
 import notebooks
 from rlhf_lessons import __main__ as commands
 from rlhf_lessons import checks, importance, record
-from rlhf_lessons.app.progress import checks_in, progress_table
+from rlhf_lessons.record import checks_in, progress_table
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = sorted(notebooks.FOLDER.glob(notebooks.LESSON + "*.ipynb"))

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_lessons import models
+from rlhf_lessons import forward, models
 from rlhf_lessons.data import pad
 from rlhf_lessons.models import CausalLMWithValueHead, RewardModel, causal_lm_logits, load_reward_model
 
@@ -195,7 +195,7 @@ def test_evaluation_mode_is_for_a_while_and_each_module_s_mode_comes_back(make_l
     lm = make_lm().train()
     lm.transformer.h[0].eval()
     before = [module.training for module in lm.modules()]
-    with pytest.raises(KeyError), models.evaluating(lm):
+    with pytest.raises(KeyError), forward.evaluating(lm):
         assert not any(module.training for module in lm.modules())
         raise KeyError
     assert [module.training for module in lm.modules()] == before and len({*before}) == 2
@@ -245,7 +245,7 @@ def test_context_is_found_by_whatever_name_it_has(kind, settings, limit):
     class Model(torch.nn.Module):
         config = AutoConfig.for_model(kind, **settings)
 
-    assert models.context_of(Model()) == limit
+    assert forward.context_of(Model()) == limit
 
 
 def test_a_tokenizer_with_ids_beyond_a_model_s_embedding_is_refused(make_lm, make_policy, make_reward_model, tokenizer):

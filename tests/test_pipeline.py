@@ -9,12 +9,13 @@ import torch
 
 from rlhf_lessons.app import align, pipeline
 from rlhf_lessons.app.align import History, before_and_after, optimise
-from rlhf_lessons.app.inputs import ASSETS, Model, choose_score, load_model, resolve
+from rlhf_lessons.app.inputs import ASSETS, Model, load_model, resolve
 from rlhf_lessons.app.pipeline import fit_reward, pretrain
 from rlhf_lessons.app.run_folder import RunFolder, longest_response, read_lines, read_metrics
 from rlhf_lessons.config import PPOConfig, PretrainConfig, RewardConfig, Settings
 from rlhf_lessons.fitting import annotated_preferences
-from rlhf_lessons.models import context_of, load_causal_lm, load_reward_model
+from rlhf_lessons.forward import context_of
+from rlhf_lessons.models import load_causal_lm, load_reward_model
 from rlhf_lessons.scoring import as_scorer
 
 CPU = PPOConfig(device="cpu", max_new_tokens=4)
@@ -185,7 +186,7 @@ def test_a_sample_shows_the_score_of_the_tokens_that_were_sampled(make_lm, make_
     policy_s, own, model = make_tokenizer(), make_tokenizer(), make_reward_model(vocab_size=9)
     own.add_tokens(["plot"])
     given = resolve(argparse.Namespace(command="ppo", critic="shared"))
-    score = choose_score(given, Model(model, own, "reward"), policy_s, device="cpu")
+    score = given.choose_score(Model(model, own, "reward"), policy_s, device="cpu")
     lm = make_lm(seed=4)
     shown, exact = (
         before_and_after({"before": lm}, policy_s, ["film"], as_scorer(scorer, policy_s), CPU, gold=False, count=16)

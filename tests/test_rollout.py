@@ -12,8 +12,8 @@ from sampling import BOS, EOS, IDS, PAD, generator, repeated, teacher_forced
 from transformers import GPT2LMHeadModel
 
 from rlhf_lessons.data import encode_prompt, encode_response, pad
-from rlhf_lessons.generation import Sampler, eos_ids, respond, sample_tokens
-from rlhf_lessons.models import padding_route
+from rlhf_lessons.forward import padding_route
+from rlhf_lessons.generation import Sampler, answers, eos_ids, respond, sample_tokens
 from rlhf_lessons.rollout import collect_rollout, policy_outputs, reference_logits, sample_responses
 from rlhf_lessons.scoring import missing_eos_scores
 from rlhf_lessons.trainer import PPOConfig
@@ -229,6 +229,22 @@ def test_gradient_checkpointing_in_training_mode_changes_no_log_probability(arch
     found = sample_responses(lm, *queries, generator=generator(3), **options)
     assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.log_probs, expected.log_probs)
     assert lm.training
+
+
+def test_answers_stand_by_their_prompts_and_each_prompt_s_together(make_lm, tokenizer):
+    """In one batch; `respond` gives the same texts, batch after batch."""
+    lm, prompts = make_lm(), ["film", {"prompt": "good film", "label": 3}]
+    drawn = [prompt for prompt in prompts for _ in range(3)]
+    samples = answers(lm, tokenizer, drawn, max_new_tokens=4, each=3, generator=generator())
+    assert samples.group.tolist() == [0, 0, 0, 1, 1, 1]
+    assert [record.get("label") for record in samples.records] == [None] * 3 + [3] * 3
+    asked, texts = samples.texts(tokenizer)
+    assert asked == ["film"] * 3 + ["good film"] * 3 and len(set(texts)) > 1
+    assert respond(lm, tokenizer, drawn, max_new_tokens=4, generator=generator()) == texts
+    dice = generator()  # of which each part draws its own
+    first = [answers(lm, tokenizer, part, max_new_tokens=4, generator=dice) for part in (drawn[:2], drawn[2:4])]
+    parts = respond(lm, tokenizer, drawn[:4], max_new_tokens=4, generator=generator(), batch_size=2)
+    assert parts == [text for part in first for text in part.texts(tokenizer)[1]]
 
 
 def test_a_response_ends_at_whatever_end_the_model_names(make_lm, make_policy, make_trainer, tokenizer):

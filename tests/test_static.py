@@ -9,8 +9,8 @@ from rlhf_lessons import forward
 from rlhf_lessons.device import autocast
 from rlhf_lessons.engines import static
 from rlhf_lessons.engines.static import StaticDecoder, StaticSampler
+from rlhf_lessons.forward import takes_ready_masks
 from rlhf_lessons.generation import draw_uniforms
-from rlhf_lessons.models import takes_ready_masks
 from rlhf_lessons.rollout import sample_responses
 
 NEVER = dict(eos_id=-1, pad_id=PAD)  # no row ends

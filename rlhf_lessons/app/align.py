@@ -4,47 +4,38 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lessons import data, tiny_reviews
 from rlhf_lessons.adapters import as_reference, has_adapter
+from rlhf_lessons.app import run_folder
 from rlhf_lessons.app.cards import Card
 from rlhf_lessons.app.inputs import Records
+from rlhf_lessons.app.options import MACHINE
 from rlhf_lessons.app.page import report_page
 from rlhf_lessons.app.resume import STEPS, Stage
-from rlhf_lessons.app.run_folder import (
-    LAST,
-    RunFolder,
-    draw_run,
-    longest_response,
-    read_metrics,
-    rounded,
-    samples_table,
-    summarise,
-)
+from rlhf_lessons.app.run_folder import RunFolder, draw_run, longest_response, read_metrics, samples_table, summarise
 from rlhf_lessons.config import BestOfNConfig, DPOConfig, SamplingConfig, TrainerConfig
 from rlhf_lessons.device import autocast
 from rlhf_lessons.display import progress, say
 from rlhf_lessons.fitting import fit_dpo, preference_log_probs
-from rlhf_lessons.forward import context_of
-from rlhf_lessons.generation import Samples, best_of_n, eos_ids, sample_batch
+from rlhf_lessons.generation import Samples, answers, best_of_n
 from rlhf_lessons.group_trainers import GRPOTrainer, RLOOTrainer
 from rlhf_lessons.importance import importance_ratio
 from rlhf_lessons.kl import best_of_n_bound, sampled_kl
-from rlhf_lessons.models import bar_unused_ids
 from rlhf_lessons.rollout import Credited, Rollout, describe, response_log_probs
 from rlhf_lessons.scoring import Scorer, best_of_mean
 from rlhf_lessons.trainer import PPOTrainer, Trainer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+Summary = dict[str, Any]  # a run's numbers before and after
 TRAINERS = {"ppo": PPOTrainer, "rloo": RLOOTrainer, "grpo": GRPOTrainer}
 TITLES = {"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO", "best-of-n": "best-of-n"}
 NUM_SHOWN = 8  # responses read side by side
+PER_TOKEN = ("log_prob", "ref_log_prob", "value", "advantage", "reward")  # what a batch may hold, each with an s
 NUM_KEPT = 3  # responses of a batch that are kept token by token, beside its longest
 NUM_LOOKS = 50  # iterations of a run of which they are kept, or about as many
 NUM_READ = 256  # pairs that DPO is measured on at each look
@@ -69,7 +60,7 @@ class History:
         before = {"score": float(untrained.scores.mean()), "score_std": float(untrained.scores.std())}
         before |= looked_at(self.trainer)
         self.add_gold(before, untrained)
-        self.folder.write_json("before.json", rounded(before))
+        self.folder.write_numbers("before.json", before)
 
     def add_gold(self, metrics: dict[str, float], batch: Rollout) -> None:
         """The gold reward beside each score in these metrics, if it is measured: the batch's, the evaluation's."""
@@ -99,10 +90,8 @@ class History:
         """
         trainer, longest = self.trainer, int((batch.response_mask.sum(dim=1) * batch.ended).argmax())
         few = batch.rows(torch.tensor(list(dict.fromkeys([*range(min(NUM_KEPT, len(batch))), longest]))))
-        known = {"log_prob": few.log_probs, "ref_log_prob": few.ref_log_probs}
+        known = {name: getattr(few, f"{name}s") for name in PER_TOKEN if hasattr(few, f"{name}s")}
         known["kl"] = sampled_kl(few.log_probs, few.ref_log_probs, kind="k1")
-        of_method = [name for name in ("value", "advantage", "reward") if hasattr(few, f"{name}s")]
-        known |= {name: getattr(few, f"{name}s") for name in of_method}
         if isinstance(few, Credited):
             with torch.no_grad(), autocast(trainer.device, trainer.config.precision):
                 known["ratio"] = importance_ratio(response_log_probs(trainer.lm, few, trainer.config), few.log_probs)
@@ -116,36 +105,41 @@ class History:
                         | {name: x[row][real].tolist() for name, x in known.items()})  # fmt: skip
         return kept
 
-    def report(self, *, last: int, n: int = 1) -> dict[str, Any]:
+    def report(self, *, last: int, n: int = 1) -> Summary:
         """Samples of both models, then from the folder's files pictures, page and the summary, which is returned.
 
         last: iterations that "after" is the mean of; n: that each answer after is the best of. Raises ValueError at the
         end for parts that could not be made; all others are there then.
         """
-        trainer, folder, summary = self.trainer, self.folder, summarise(self.folder.path, last=last)
+        trainer, folder, path = self.trainer, self.folder, self.folder.path
+        summary, models = summarise(path, last=last), {"before": trainer.reference, "after": trainer.lm}
 
         def write_samples() -> None:
-            models = {"before": trainer.reference, "after": trainer.lm}
-            samples = before_and_after(
-                models, trainer.tokenizer, trainer.prompts, trainer.scorer, trainer.config, gold=self.gold,
-                best_of={"after": n},
-            )  # fmt: skip
-            folder.write_json("samples.json", rounded(samples))
+            samples = before_and_after(models, trainer.tokenizer, trainer.prompts, trainer.scorer, trainer.config,
+                                       gold=self.gold, best_of={"after": n})  # fmt: skip
+            folder.write_numbers("samples.json", samples)
             folder.write_text("samples.md", samples_table(samples))
 
         def write_page() -> None:
-            folder.write_text("report.html", report_page(folder.path, summary, title=self.title, last=last))
+            folder.write_text("report.html", report_page(path, summary, title=self.title, last=last))
 
         write_each({
             "samples.md": write_samples,
-            "figures": lambda: draw_run(folder, read_metrics(folder.path), *longest_response(folder.path)),
+            "figures": lambda: draw_run(folder, read_metrics(path), *longest_response(path)),
             "report.html": write_page,
             "summary.json": lambda: folder.write_json("summary.json", summary),  # last: who has it has finished
         })  # fmt: skip
         return summary
 
+    def finish(self, how: str, settings: SamplingConfig, *, last: int) -> Summary:
+        """Save the policy with its card, which says how it was trained; then the report."""
+        trainer = self.trainer
+        card = Card(trainer.lm, trainer.tokenizer, f"{self.title} {how}", asdict(settings))
+        self.folder.save_models("policy", trainer.policy, trainer.tokenizer, card)
+        return self.report(last=last)
 
-def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: bool) -> dict[str, Any]:
+
+def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: bool) -> Summary:
     """A trainer's iterations, then the report. Returns the summary: before, and the mean of the last iterations.
 
     gold: whether the gold reward is measured too; it means something in the tiny world alone. Raises ValueError at the
@@ -166,9 +160,7 @@ def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: 
     with stage:
         trainer.train(on_step)
     goal = getattr(getattr(trainer.scorer, "function", None), "__name__", "a reward model")
-    card = Card(trainer.lm, trainer.tokenizer, f"{TITLES[method]} against {goal}", asdict(trainer.config))
-    folder.save_models("policy", trainer.policy, trainer.tokenizer, card)
-    return history.report(last=LAST)
+    return history.finish(f"against {goal}", trainer.config, last=run_folder.LAST)
 
 
 def looking(config: SamplingConfig, *arguments: Any, each: int = 1, prompts: int, **options: Any) -> Trainer:
@@ -178,20 +170,25 @@ def looking(config: SamplingConfig, *arguments: Any, each: int = 1, prompts: int
     return Trainer(TrainerConfig(**shared), *arguments, **options)
 
 
+def of_fit(name: str, config: Any, shared: SamplingConfig) -> dict[str, Any]:
+    """What a fit reads of its own settings, which begin with its name, and of those that all stages share."""
+    own = {setting: getattr(config, f"{name}_{setting}") for setting in ("epochs", "batch_size", "learning_rate")}
+    return own | {setting: getattr(shared, setting) for setting in MACHINE}
+
+
 def looked_at(trainer: Trainer) -> dict[str, float]:
     """What the responses to the evaluation prompts have come to; nothing where there are none."""
     return trainer.evaluate()[0] if trainer.eval_prompts else {}
 
 
 def optimise_directly(
-    config: DPOConfig, policy: nn.Module, *arguments: Any, pairs: Records, held_out: Records, folder: RunFolder,
-    gold: bool, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
+    config: DPOConfig, *arguments: Any, pairs: Records, held_out: Records, folder: RunFolder, gold: bool, **options: Any
+) -> Summary:
     """DPO: a fit to the pairs, with looks at the policy; then the report, as in `optimise`.
 
-    arguments, options: the others of `Trainer`. held_out: pairs to measure on, the first of `pairs` without any.
+    arguments, options: those of `Trainer`. held_out: pairs to measure on, the first of `pairs` without any.
     """
-    trainer = looking(config, policy, *arguments, prompts=config.batch_size, **options)
+    trainer = looking(config, *arguments, prompts=config.batch_size, **options)
     history = History(trainer, folder, method="dpo", rows=config.num_iterations, gold=gold)
     read, losses = (held_out or pairs)[:NUM_READ], []  # the losses since the last look
     with as_reference(trainer.lm, trainer.reference) as held_to:
@@ -206,17 +203,14 @@ def optimise_directly(
         batch = trainer.collect()
         chosen, rejected = preference_log_probs(trainer.lm, read, trainer.tokenizer)
         right = (chosen - ref_chosen > rejected - ref_rejected).float()
-        measured = describe(batch) | {
-            "chosen_log_prob": chosen.mean(), "rejected_log_prob": rejected.mean(), "pairs_right": right.mean(),
-        }  # fmt: skip
-        row = {name: float(value) for name, value in measured.items()} | {"loss": sum(losses) / len(losses)}
+        of_pairs = {"chosen_log_prob": chosen, "rejected_log_prob": rejected, "pairs_right": right}
+        row = {name: float(value.mean()) for name, value in (describe(batch) | of_pairs).items()}
+        row["loss"] = sum(losses) / len(losses)
         losses.clear()
         history.add(look, row | looked_at(trainer), batch)
 
-    def beside() -> dict[str, Any]:
-        return {"generator": trainer.generator.get_state(), "since_look": losses, "looks": history.done}
-
-    stage = Stage(folder, "dpo", each=STEPS, beside=beside)
+    stage = Stage(folder, "dpo", each=STEPS, beside=lambda: {
+        "generator": trainer.generator.get_state(), "since_look": losses, "looks": history.done})  # fmt: skip
     if kept := stage.load():
         trainer.generator.set_state(kept["generator"])
         losses += kept["since_look"]
@@ -224,19 +218,12 @@ def optimise_directly(
         history.begin(trainer.collect())
     history.go_on_after(kept["looks"] if kept else 0)
     with stage:
-        fit_dpo(
-            trainer.lm, trainer.reference, pairs, trainer.tokenizer, beta=config.kl_coef, loss=config.dpo_loss,
-            epochs=config.dpo_epochs, batch_size=config.dpo_batch_size, learning_rate=config.dpo_learning_rate,
-            seed=config.seed, device=config.device, precision=config.precision, on_step=on_step, keeper=stage,
-        )  # fmt: skip
-    card = Card(trainer.lm, trainer.tokenizer, f"DPO on {len(pairs)} pairs", asdict(config))
-    folder.save_models("policy", trainer.policy, trainer.tokenizer, card)
-    return history.report(last=1)
+        fit_dpo(trainer.lm, trainer.reference, pairs, trainer.tokenizer, beta=config.kl_coef, loss=config.dpo_loss,
+                **of_fit("dpo", config, config), on_step=on_step, keeper=stage)  # fmt: skip
+    return history.finish(f"on {len(pairs)} pairs", config, last=1)
 
 
-def choose_among(
-    config: BestOfNConfig, policy: nn.Module, *arguments: Any, folder: RunFolder, gold: bool, **options: Any
-) -> dict[str, Any]:
+def choose_among(config: BestOfNConfig, *arguments: Any, folder: RunFolder, gold: bool, **options: Any) -> Summary:
     """Best-of-n: nothing is trained, and a row is written for n = 1, 2, 4, …; then the report, as in `optimise`.
 
     Each n is a mean over all ways to choose it from the `config.n` responses that each prompt gets. "kl" is the bound
@@ -244,7 +231,7 @@ def choose_among(
     """
     at_once = max(size for size in range(1, config.batch_size + 1)
                   if config.batch_size % size == 0 and size * config.n <= max(ROWS, config.n))  # fmt: skip
-    trainer = looking(config, policy, *arguments, each=config.n, prompts=at_once, **options)
+    trainer = looking(config, *arguments, each=config.n, prompts=at_once, **options)
     sizes = [2**power for power in range(config.n.bit_length()) if 2**power < config.n] + [config.n]
     history = History(trainer, folder, method="best-of-n", rows=len(sizes), gold=gold)
     rounds = config.batch_size // at_once
@@ -285,8 +272,8 @@ def write_each(parts: Mapping[str, Callable[[], None]]) -> None:
 
 
 def before_and_after(
-    models: dict[str, nn.Module | None], tokenizer: "PreTrainedTokenizerBase", prompts: Records, scorer: Scorer,
-    config: SamplingConfig, *, gold: bool, count: int = NUM_SHOWN, best_of: Mapping[str, int] | None = None,
+    models: dict[str, nn.Module | None], tokenizer: data.Tokenizer, prompts: Records, scorer: Scorer,
+    config: SamplingConfig, *, gold: bool, count: int = NUM_SHOWN, best_of: Mapping[str, int] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Responses of two models to the same prompts, each with its score, and its gold reward in the tiny world.
 
@@ -299,18 +286,10 @@ def before_and_after(
     chosen = [prompts[order[i % len(order)]] for i in range(count)]
     shown: list[dict[str, Any]] = [{} for _ in chosen]
     for side, model in models.items():
-        n = (best_of or {}).get(side, 1)
-        each = [prompt for prompt in chosen for _ in range(n)]
+        n, generator = best_of.get(side, 1), torch.Generator().manual_seed(config.seed)
+        options = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature, generator=generator)
         with as_reference(models.get("after"), model) as lm:
-            bar_unused_ids(lm, tokenizer)
-            ids = data.encode_prompts(tokenizer, each, max_new_tokens=config.max_new_tokens, context=context_of(lm))
-            input_ids, mask = data.pad(ids, tokenizer.pad_token_id, side="left")
-            samples = sample_batch(
-                lm, input_ids.to(lm.device), mask.to(lm.device), records=[data.as_record(prompt) for prompt in each],
-                group=(torch.arange(len(each)) // n).to(lm.device), max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature, eos_id=eos_ids(lm, tokenizer), pad_id=tokenizer.pad_token_id,
-                generator=torch.Generator().manual_seed(config.seed),
-            )  # fmt: skip
+            samples = answers(lm, tokenizer, [prompt for prompt in chosen for _ in range(n)], each=n, **options)
         with torch.no_grad():
             samples = best_of_n(samples, scorer(samples)) if n > 1 else samples
             numbers = {"score": scorer(samples).tolist()}
@@ -326,10 +305,9 @@ def before_and_after(
 
 
 def align(
-    method: str, config: SamplingConfig, policy: nn.Module, score: Any, prompts: Records,
-    tokenizer: "PreTrainedTokenizerBase", *, folder: RunFolder, pairs: tuple[Records, Records], gold: bool,
-    **options: Any,
-) -> dict[str, Any]:  # fmt: skip
+    method: str, config: SamplingConfig, policy: nn.Module, score: Any, prompts: Records, tokenizer: data.Tokenizer, *,
+    folder: RunFolder, pairs: tuple[Records, Records], gold: bool, **options: Any,
+) -> Summary:  # fmt: skip
     """A policy, from the base model that it is, by one of `config.METHODS`.
 
     What is trained by an adapter is its own reference, with that off; best-of-n starts from what it was given. pairs:
@@ -337,13 +315,11 @@ def align(
     """
     lm = getattr(policy, "lm", policy)
     reference = None if has_adapter(lm) and method != "best-of-n" else copy.deepcopy(lm)
-    arguments = (policy, reference, score, prompts, tokenizer)
+    arguments = (config, policy, reference, score, prompts, tokenizer)
     if method in TRAINERS:
-        trainer = TRAINERS[method](config, *arguments, **options)
-        return optimise(trainer, folder, method=method, gold=gold)
+        return optimise(TRAINERS[method](*arguments, **options), folder, method=method, gold=gold)
+    options |= {"folder": folder, "gold": gold}
     if method == "dpo":
         learnt, held_out = pairs
-        return optimise_directly(
-            config, *arguments, pairs=learnt, held_out=held_out, folder=folder, gold=gold, **options
-        )
-    return choose_among(config, *arguments, folder=folder, gold=gold, **options)
+        return optimise_directly(*arguments, pairs=learnt, held_out=held_out, **options)
+    return choose_among(*arguments, **options)

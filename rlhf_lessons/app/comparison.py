@@ -31,9 +31,7 @@ def compare(folders: list[Path], out: Path) -> str:
     names = dict.fromkeys(name for each in settings for name in each)
     rows = [(name, *(str(each.get(name, "–")) for each in settings)) for name in names]
     rows = [row for row in rows if len({*row[1:]}) > 1]
-    rows += [
-        (name, *(each[i] for each in cells)) for i, name in enumerate(("proxy reward", "gold reward", "KL (nats)"))
-    ]
+    rows += zip(("proxy reward", "gold reward", "KL (nats)"), *cells, strict=True)
     plots.use_style()
     plots.save(plots.training_curves(runs), out)
     table = [("", *labels), ("---", *["---"] * len(labels)), *rows]

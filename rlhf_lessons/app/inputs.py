@@ -14,42 +14,29 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from rlhf_lessons import data, tiny_reviews
+from rlhf_lessons import data, models, tiny_reviews
 from rlhf_lessons.app.options import critic_of
+from rlhf_lessons.config import require
 from rlhf_lessons.device import check_device
 from rlhf_lessons.display import say
 from rlhf_lessons.forward import context_of
-from rlhf_lessons.models import (
-    ASSETS,
-    CausalLMWithValueHead,
-    check_vocabulary,
-    load_causal_lm,
-    load_reward_model,
-    load_tokenizer,
-)
+from rlhf_lessons.models import ASSETS
 from rlhf_lessons.scoring import score_texts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NUM_PROMPTS = 2000  # drawn from the tiny world, or cut from a corpus
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 MANY_UNKNOWN = 0.2  # share of unknown tokens above which a tokenizer does not know the language it is given
-FILES = {
-    "corpus": data.read_corpus,
-    "preferences": data.read_preferences,
-    "eval_preferences": data.read_preferences,
-    "prompts": data.read_prompts,
-    "eval_prompts": data.read_prompts,
-}
+PAIRS = dict.fromkeys(("preferences", "eval_preferences"), data.read_preferences)
+FILES = {"corpus": data.read_corpus, **PAIRS} | dict.fromkeys(("prompts", "eval_prompts"), data.read_prompts)
 GIVEN = (*FILES, "model", "policy", "reward_model", "score")
 
 Records = Sequence[str | Mapping[str, Any]]
+Score = nn.Module | Callable[..., Any]  # of tokens, or of texts
 
 
 @dataclass(frozen=True)
@@ -57,7 +44,7 @@ class Model:
     """A model as it was loaded, the tokenizer beside it, and how it was called."""
 
     network: nn.Module
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: data.Tokenizer
     name: str
 
 
@@ -82,33 +69,99 @@ class Inputs:
         """Whether the prompts are the tiny world's, where the gold reward means something."""
         return self.corpus is None and self.prompts is None and self.preferences is None
 
+    def choose_prompts(self, *, opening_words: int, seed: int, max_new_tokens: int = 0) -> Records:
+        """The prompts to be continued, and a word to the user on which they are.
+
+        Of those that come from preferences, where long pairs are not refused, the ones that leave max_new_tokens room.
+        """
+        given = self.given
+        require("opening_words", opening_words, opening_words >= 0, "a whole number >= 0")
+        if self.prompts is not None:
+            prompts, kind = self.prompts, f"from {given['prompts']}"
+        elif self.corpus is not None and opening_words > 0:
+            prompts = data.sentence_openings(self.corpus, words=opening_words)[:NUM_PROMPTS]
+            kind = f"the first {opening_words} words of lines in {given['corpus']}"
+            if not prompts:
+                few = f"no line has more than {opening_words} words, so none gives a prompt"
+                raise ValueError(f"{given['corpus']}: {few}; lower --opening-words or give --prompts")
+        elif self.tiny_world:
+            prompts = tiny_reviews.prompts(NUM_PROMPTS, torch.Generator().manual_seed(seed))
+            kind = "openings of tiny reviews"
+        elif self.corpus is None:
+            prompts, kind = self.prompts_of_pairs(max_new_tokens), f"those in {given['preferences']}"
+        else:
+            prompts, kind = [""], "the begin token alone"
+        say(f"prompts: {len(prompts)}, {kind}; the first is {data.as_record(prompts[0])['prompt']!r}")
+        return prompts
+
+    def prompts_of_pairs(self, max_new_tokens: int) -> Records:
+        """The prompts of the preferences; where long pairs are not refused, those that leave a response its room."""
+        prompts = [data.Record({"prompt": pair["prompt"]}, pair.place) for pair in self.preferences]
+        if self.long_pairs == "refuse":
+            return prompts
+        room = context_of(self.model.network) - max_new_tokens
+        ids = data.encode_prompts(self.model.tokenizer, prompts, max_new_tokens=0, context=math.inf)
+        prompts = [record for record, read in zip(prompts, ids, strict=True) if len(read) <= room]
+        if not prompts:
+            raise ValueError(f"{self.given['preferences']}: none of its prompts leaves room for a response")
+        return prompts
+
+    def check_lengths(self, base: Model, *, prompts: Records = (), max_new_tokens: int = 0) -> None:
+        """Raise ValueError, naming the file's line, for a prompt or a pair that the model's context has no room for."""
+        tokenizer, context = base.tokenizer, context_of(base.network)
+        if prompts:
+            data.encode_prompts(tokenizer, prompts, max_new_tokens=max_new_tokens, context=context)
+        for pairs in (self.preferences, self.eval_preferences):
+            if pairs is not None:
+                data.fitting_pairs(tokenizer, pairs, context=context, long=self.long_pairs)
+
+    def choose_pairs(self, name: str, base: Model) -> Records:
+        """The pairs of one of the files, none without it, and a word to the user on those longer than the context."""
+        pairs, context = getattr(self, name) or [], context_of(base.network)
+        kept = data.fitting_pairs(base.tokenizer, pairs, context=context, long=self.long_pairs) if pairs else []
+        count = len(pairs) - len({id(pair) for pair in kept} & {id(pair) for pair in pairs})
+        if count:
+            what = f"{self.long_pairs}: {len(kept)} are read"
+            say(f"{count} of the {len(pairs)} pairs in {self.given[name]} are longer than {context} tokens ({what})")
+        return kept
+
+    def choose_score(self, reward_model: Model | None, tokenizer: data.Tokenizer, *, device: str) -> Score:
+        """What is maximised: one's own function, or a reward model (on the tokens if its tokenizer reads them alike).
+
+        One that reads texts goes to the device when it is first asked, when a trainer has long settled which that is.
+        """
+        if self.score is not None:
+            return self.score
+        if read_alike(reward_model.tokenizer, tokenizer):
+            return reward_model.network
+        if Path(reward_model.name) == ASSETS / "reward_model":
+            raise ValueError(
+                "give --reward-model or --score: the shipped reward model knows the tiny world's words only"
+            )
+        return by_its_own_tokenizer(reward_model, tokenizer, place=check_device(device))
+
 
 def resolve(arguments: argparse.Namespace) -> Inputs:
     """Read every file, import the score, load every model that the command needs; look for the device.
 
     Raises ValueError for what is wrong with one.
     """
-    given = {name: getattr(arguments, name, None) for name in GIVEN}
-    command = arguments.command
+    given, command = {name: getattr(arguments, name, None) for name in GIVEN}, arguments.command
     check_device(getattr(arguments, "device", None) or "auto")
-    found = {name: path and read(path) for (name, read) in FILES.items() for path in (given[name],)}
+    found = {name: given[name] and read(given[name]) for name, read in FILES.items()}
     if getattr(arguments, "chat", None):
         found |= {name: [*map(as_chat, found[name])] for name in FILES if found[name] and name != "corpus"}
     score = given["score"] and import_score(given["score"])
-    lent = {
-        "model": command != "pretrain" and given["corpus"] is None and "base",
-        "policy": command == "sample" and "aligned",
-        "reward_model": command in ("ppo", "sample") and score is None and "reward_model",
-    }
-    loaders = {"model": load_causal_lm, "policy": load_causal_lm, "reward_model": load_reward_model}
+    lent = {"model": command != "pretrain" and given["corpus"] is None and "base",
+            "policy": command == "sample" and "aligned",
+            "reward_model": command in ("ppo", "sample") and score is None and "reward_model"}  # fmt: skip
+    loaders = dict.fromkeys(("model", "policy"), models.load_causal_lm) | {"reward_model": models.load_reward_model}
     if critic := critic_of(arguments):  # a policy that was trained before brings its value head
-        loaders["model"] = functools.partial(CausalLMWithValueHead.from_pretrained, critic=critic)
-    models = {}
-    for name, load in loaders.items():
-        path = given[name] or (lent[name] and ASSETS / lent[name])
-        models[name] = load_model(load, path) if path else None
+        loaders["model"] = functools.partial(models.CausalLMWithValueHead.from_pretrained, critic=critic)
+    paths = {name: given[name] or (lent[name] and ASSETS / lent[name]) for name in loaders}
+    loaded = {name: load_model(load, paths[name]) if paths[name] else None for name, load in loaders.items()}
     named, long_pairs = {k: v and str(v) for k, v in given.items()}, getattr(arguments, "long_pairs", data.LONG[0])
-    return Inputs(given=named, score=score, long_pairs=long_pairs, **found, **models)
+    return Inputs(given=named, score=score, long_pairs=long_pairs, **found, **loaded)
 
 
 def as_chat(record: data.Record) -> data.Record:
@@ -127,82 +180,16 @@ def load_model(load: Callable[[str | Path], nn.Module], path: str | Path) -> Mod
     name, network = str(path), load(path)
     if Path(path).is_dir() and not any(any(Path(path).glob(files)) for files in TOKENIZER_FILES):
         raise ValueError(f"{name}: no tokenizer is saved there; call tokenizer.save_pretrained on the model's folder")
-    tokenizer = load_tokenizer(path)
+    tokenizer = models.load_tokenizer(path)
     try:
-        check_vocabulary(network, tokenizer)
+        models.check_vocabulary(network, tokenizer)
     except ValueError as error:
         advice = "after adding tokens call model.resize_token_embeddings(len(tokenizer)) and save both again"
         raise ValueError(f"{name}: {error}; {advice}") from error
     return Model(network, tokenizer, name)
 
 
-# --- Prompts and preferences ------------------------------------------------------------------------------------------
-
-
-def choose_prompts(inputs: Inputs, *, opening_words: int, seed: int, max_new_tokens: int = 0) -> Records:
-    """The prompts to be continued, and a word to the user on which they are.
-
-    Of those that come from preferences, where long pairs are not refused, the ones that leave max_new_tokens room.
-    """
-    given = inputs.given
-    if opening_words < 0:
-        raise ValueError(f"opening_words must be a whole number >= 0; got {opening_words}")
-    if inputs.prompts is not None:
-        prompts, kind = inputs.prompts, f"from {given['prompts']}"
-    elif inputs.corpus is not None and opening_words > 0:
-        prompts = data.sentence_openings(inputs.corpus, words=opening_words)[:NUM_PROMPTS]
-        kind = f"the first {opening_words} words of lines in {given['corpus']}"
-        if not prompts:
-            raise ValueError(
-                f"{given['corpus']}: no line has more than {opening_words} words, so none gives a prompt; "
-                "lower --opening-words or give --prompts"
-            )
-    elif inputs.tiny_world:
-        prompts = tiny_reviews.prompts(NUM_PROMPTS, torch.Generator().manual_seed(seed))
-        kind = "openings of tiny reviews"
-    elif inputs.corpus is None:
-        prompts = [data.Record({"prompt": pair["prompt"]}, pair.place) for pair in inputs.preferences]
-        if inputs.long_pairs != "refuse":
-            room = context_of(inputs.model.network) - max_new_tokens
-            ids = data.encode_prompts(inputs.model.tokenizer, prompts, max_new_tokens=0, context=math.inf)
-            prompts = [record for record, read in zip(prompts, ids, strict=True) if len(read) <= room]
-            if not prompts:
-                raise ValueError(f"{given['preferences']}: none of its prompts leaves room for a response")
-        kind = f"those in {given['preferences']}"
-    else:
-        prompts, kind = [""], "the begin token alone"
-    first = prompts[0] if isinstance(prompts[0], str) else prompts[0]["prompt"]
-    say(f"prompts: {len(prompts)}, {kind}; the first is {first!r}")
-    return prompts
-
-
-def check_lengths(
-    inputs: Inputs, tokenizer: "PreTrainedTokenizerBase", model: nn.Module, *,
-    prompts: Records = (), max_new_tokens: int = 0,
-) -> None:  # fmt: skip
-    """Raise ValueError, naming the file's line, for a prompt or a pair that the model's context has no room for."""
-    context = context_of(model)
-    if prompts:
-        data.encode_prompts(tokenizer, prompts, max_new_tokens=max_new_tokens, context=context)
-    for pairs in (inputs.preferences, inputs.eval_preferences):
-        if pairs is not None:
-            data.fitting_pairs(tokenizer, pairs, context=context, long=inputs.long_pairs)
-
-
-def choose_pairs(
-    inputs: Inputs, name: str, tokenizer: "PreTrainedTokenizerBase", model: nn.Module
-) -> Sequence[Mapping[str, Any]]:
-    """The pairs of one of the files, none without it, and a word to the user on those longer than the context."""
-    pairs, context = getattr(inputs, name) or [], context_of(model)
-    kept = data.fitting_pairs(tokenizer, pairs, context=context, long=inputs.long_pairs) if pairs else []
-    count = len(pairs) - len({id(pair) for pair in kept} & {id(pair) for pair in pairs})
-    if count:
-        what = f"{inputs.long_pairs}: {len(kept)} are read"
-        say(f"{count} of the {len(pairs)} pairs in {inputs.given[name]} are longer than {context} tokens ({what})")
-    return kept
-
-
-def warn_of_unknown(texts: Records, tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
+def warn_of_unknown(texts: Records, tokenizer: data.Tokenizer, path: str) -> None:
     """Tell the user when a tokenizer does not know much of what a file holds; chats are not looked at."""
     texts = [text for text in texts if isinstance(text, str)]
     if tokenizer.unk_token_id is None or not texts:
@@ -210,30 +197,13 @@ def warn_of_unknown(texts: Records, tokenizer: "PreTrainedTokenizerBase", path: 
     tokens = [token for ids in tokenizer(texts, add_special_tokens=False).input_ids for token in ids]
     unknown = sum(token == tokenizer.unk_token_id for token in tokens)
     if unknown > MANY_UNKNOWN * len(tokens):
-        say(
-            f"careful: {unknown / len(tokens):.0%} of the words in {path} are unknown to the model's tokenizer; "
-            "--corpus or --model brings one that knows them"
-        )
+        say(f"careful: {unknown / len(tokens):.0%} of the words in {path} are unknown to the model's tokenizer; "
+            "--corpus or --model brings one that knows them")  # fmt: skip
 
 
-# --- What is maximised ------------------------------------------------------------------------------------------------
-
-
-def choose_score(
-    inputs: Inputs, reward_model: Model | None, tokenizer: "PreTrainedTokenizerBase", *, device: str
-) -> nn.Module | Callable[..., Any]:
-    """What is maximised: one's own function, or a reward model (on the tokens if its tokenizer reads them alike).
-
-    One that reads texts goes to the device when it is first asked, when a trainer has long settled which that is.
-    """
-    if inputs.score is not None:
-        return inputs.score
-    own = reward_model.tokenizer
-    if read_alike(own, tokenizer):
-        return reward_model.network
-    if Path(reward_model.name) == ASSETS / "reward_model":
-        raise ValueError("give --reward-model or --score: the shipped reward model knows the tiny world's words only")
-    network, place = reward_model.network, check_device(device)
+def by_its_own_tokenizer(reward_model: Model, tokenizer: data.Tokenizer, *, place: str) -> Callable[..., Any]:
+    """A reward model's score of what a policy with another tokenizer writes, as a function of texts."""
+    network, own = reward_model.network, reward_model.tokenizer
     between = "" if data.writes_spaces(tokenizer) else " "  # a prompt's and a response's words
 
     def score(prompts: Sequence[str], responses: Sequence[str], prompt: Any = (), ended: Any = None) -> torch.Tensor:
@@ -246,12 +216,13 @@ def choose_score(
     return score
 
 
-def read_alike(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> bool:
+def read_alike(one: data.Tokenizer, other: data.Tokenizer) -> bool:
     """Whether two tokenizers have the same words, begin token and EOS, so that one's ids are the other's."""
-    written = [
-        (t.get_vocab(), t.eos_token_id, [data.encode_prompt(t, text) for text in ("", "a")]) for t in (one, other)
-    ]
-    return written[0] == written[1]
+
+    def written(t: data.Tokenizer) -> tuple[Any, ...]:
+        return (t.get_vocab(), t.eos_token_id, [data.encode_prompt(t, text) for text in ("", "a")])
+
+    return written(one) == written(other)
 
 
 def import_score(name: str) -> Callable[..., Any]:
@@ -278,8 +249,7 @@ def import_score(name: str) -> Callable[..., Any]:
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
             place = ([f for f in frames if f.filename == getattr(module, "__file__", None)] or frames)[-1]
-            raise ValueError(
-                f"--score {name} raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-            ) from error
+            where = f"{place.filename}, line {place.lineno}"
+            raise ValueError(f"--score {name} raised {type(error).__name__}: {error} ({where})") from error
 
     return score

@@ -13,85 +13,52 @@ EXIT_ERROR = 2
 OPENING_WORDS = 3
 EVERY = 10  # iterations between two checkpoints
 
-ABOUT = """\
-RLHF with PPO on a small language model, all of it: a base model learns to write from text, a reward model learns
-from preferences which of two answers is better, and PPO trains the base model to be rewarded without straying far
-from where it began; or one of the methods that came after it (RLOO, GRPO, DPO, best-of-n) does. Without options
-everything is the tiny world's: short movie reviews, simulated annotators, and a gold reward that nobody trains on, by
-which reward hacking is seen. That takes minutes on a laptop's CPU.
-"""
+HELP = {file.stem: file.read_text(encoding="utf-8") for file in Path(__file__).with_name("help").glob("*.txt")}
+WHAT = dict(line.split(": ", 1) for line in HELP["options"].splitlines())  # option -> what it is
 
-EXAMPLES = {
-    "": """\
-  python -m rlhf_lessons run                     the whole pipeline in the tiny world
-  python -m rlhf_lessons sample                  what it comes to, before and after, from the models shipped here
-  python -m rlhf_lessons run --kl-coef 0         the same without the leash: watch the gold reward fall
-  python -m rlhf_lessons run --help              all options of a command
-""",
-    "run": """\
-  python -m rlhf_lessons run --out runs/first
-  python -m rlhf_lessons run --method grpo --samples-per-prompt 16
-  python -m rlhf_lessons run --corpus texts.txt --preferences pairs.jsonl
-  python -m rlhf_lessons run --model gpt2-with-pad/ --prompts prompts.txt --score my_rewards:politeness
-""",
-    "pretrain": """\
-  python -m rlhf_lessons pretrain --corpus texts.txt --out runs/base
-  (the model is then in runs/base/base_model, for `reward --model` and `ppo --model`)
-""",
-    "reward": """\
-  python -m rlhf_lessons reward --model runs/base/base_model --preferences pairs.jsonl --out runs/reward
-  (the model is then in runs/reward/reward_model, for `ppo --reward-model`)
-""",
-    "ppo": """\
-  python -m rlhf_lessons ppo --model runs/base/base_model --reward-model runs/reward/reward_model --prompts prompts.txt
-  python -m rlhf_lessons ppo --score my_rewards:shortness --num-iterations 20
-""",
-    "sample": """\
-  python -m rlhf_lessons sample --prompt "the plot was"
-  python -m rlhf_lessons sample --policy runs/first/policy --reward-model runs/first/reward_model
-""",
-    "summary": """\
-  python -m rlhf_lessons summary runs/*
-""",
-    "compare": """\
-  python -m rlhf_lessons compare runs/* --out figures/betas.png
-""",
-    "progress": """\
-  python -m rlhf_lessons progress
-""",
+FILE, FOLDER = dict(type=Path, metavar="FILE"), dict(type=Path, metavar="FOLDER")
+MODEL, NUMBER = dict(metavar="MODEL"), dict(type=int, metavar="N")
+CRITICS = ("shared", "separate")
+SOURCES = {  # what is one's own, as argparse takes it
+    **dict.fromkeys(("corpus", "preferences", "eval_preferences", "prompts", "eval_prompts"), FILE),
+    **dict.fromkeys(("model", "reward_model"), MODEL), "score": dict(metavar="MODULE:FUNCTION"),
+}  # fmt: skip
+OTHERS = {  # what some commands take, which is no setting of a stage
+    "out": FOLDER,
+    "preset": dict(choices=tuple(PRESETS), default="tiny"),
+    "checkpoint_every": dict(default=EVERY, **NUMBER),
+    "chat": dict(action="store_true", default=None),
+    "log_with": dict(action="append", metavar="NAME"),
+    "long_pairs": dict(choices=("drop", "cut", "refuse"), default="drop"),
+    "threads": NUMBER,
+    "method": dict(choices=tuple(METHODS), default="ppo"),
+    "resume": FOLDER,
+    "opening_words": dict(default=OPENING_WORDS, **NUMBER),
+    "critic": dict(choices=CRITICS),
+    "sampler": dict(choices=("plain", "static", "vllm"), default="plain"),
+    "policy": MODEL,
+    "prompt": dict(action="append", metavar="TEXT"),
+    "count": dict(default=8, **NUMBER),
+    "max_new_tokens": dict(default=24, **NUMBER),
+    "seed": dict(default=0, **NUMBER),
+    "runs": dict(nargs="+", **FOLDER),
+    "picture": dict(option="out", default=Path("comparison.png"), **FILE),
+    "lessons": dict(nargs="?", default=Path("lab"), **FOLDER),
 }
-
-RUN_FOLDER = """
-The folder that --out names then holds report.html (the run to look into, in a browser: its curves, responses token by
-token, before and after, all settings), what that is made of (config.json, metrics.jsonl with a line per iteration,
-rollouts.jsonl, samples.json), summary.json, samples.md, figures/*.png, and the models, as Hugging Face checkpoints.
-What a stopped run has written can be read; only a finished one has a summary.json, and `run --resume FOLDER` continues
-any other, as if it had never stopped.
-"""
-
-SOURCES = {  # option -> its type, how its value is called, what it is
-    "corpus": (Path, "FILE", "text to learn to write from, one document a line; a base model is trained on it"),
-    "preferences": (
-        Path,
-        "FILE",
-        "JSON lines with prompt, chosen, rejected (or chats) for a reward model to learn from",
-    ),
-    "eval_preferences": (Path, "FILE", "the same, held out to measure the reward model on"),
-    "prompts": (
-        Path,
-        "FILE",
-        "what PPO has continued: one prompt a line, or JSON lines (.jsonl) with prompt, or a chat",
-    ),
-    "eval_prompts": (Path, "FILE", "the same, held out: the policy answers each before, between and after the updates"),
-    "model": (str, "MODEL", "language model to start from: a folder or hub name (safetensors)"),
-    "reward_model": (str, "MODEL", "reward model that PPO maximises: a folder or hub name (safetensors)"),
-    "score": (
-        str,
-        "MODULE:FUNCTION",
-        "a reward of your own for PPO to maximise: a function of prompts and responses, two lists of texts, "
-        "that returns a number for each",
-    ),
-}
+STAGE = "out preset checkpoint_every "  # what each takes that makes a run's folder
+COMMANDS = {  # how it is typed, what of SOURCES and what of OTHERS it takes
+    "run": ("[options]", "corpus preferences eval_preferences prompts eval_prompts model reward_model score",
+            STAGE + "chat log_with long_pairs threads method resume opening_words critic sampler"),
+    "pretrain": ("[options]", "corpus", STAGE + "threads"),
+    "reward": ("[options]", "model preferences eval_preferences", STAGE + "chat long_pairs threads"),
+    "ppo": ("[options]", "prompts eval_prompts model reward_model score",
+            STAGE + "chat log_with threads critic sampler"),
+    "sample": ("[options]", "prompts model reward_model score",
+               "chat threads policy prompt count max_new_tokens seed"),
+    "summary": ("FOLDER [FOLDER ...]", "", "runs"),
+    "compare": ("FOLDER FOLDER [FOLDER ...] [--out FILE]", "", "runs picture"),
+    "progress": ("[FOLDER]", "", "lessons"),
+}  # fmt: skip
 
 
 MACHINE = ("seed", "device", "precision")  # settings of a method that the fits before it share
@@ -101,7 +68,6 @@ USES = {  # command -> the settings that it reads, section by section; None for 
     "reward": {"reward": None, "method": MACHINE},
     "ppo": {"model": None, "method": None},
 }
-CRITICS = ("shared", "separate")
 # DPO learns from pairs itself, whatever it is measured by.
 BOTH = tuple(itertools.product(("preferences", "num_preferences"), ("score", "reward_model")))
 KINDS = {"pretrain": PretrainConfig, "reward": RewardConfig, "model": ModelConfig}
@@ -123,6 +89,7 @@ READ = (  # options, what they need one of, what leaves nobody to read them, why
     (("lora_alpha",), ("lora_rank",), (), "it is that adapter's"),
     (("adaptive_kl_horizon",), ("adaptive_kl_target",), (), "without a target β is fixed"),
 )  # fmt: skip
+METAVARS = {int: "N", float: "X", str: "NAME"}
 TITLES = {"pretrain": "a language model trained from scratch", "reward": "the reward model's fit",
           "model": "the policy's weights"}  # fmt: skip
 
@@ -153,149 +120,56 @@ def shown(value: Any) -> str:
 def add_settings(parser: Parser, section: str, names: tuple[str, ...] | None, methods: tuple[str, ...]) -> None:
     """One option per setting of a section; what stands where none is given is said, by method and by preset."""
     kinds = {"": KINDS[section]} if section in KINDS else {method: METHODS[method] for method in methods}
-    owners: dict[str, list[str]] = {}
+    found: dict[str, dict[str, Any]] = {}  # name of a setting -> whose it is -> the field
     for owner, kind in kinds.items():
         for item in fields(kind):
-            owners.setdefault(item.name, []).append(owner)
+            found.setdefault(item.name, {})[owner] = item
     groups: dict[str, Any] = {}
-    for name in (name for name in owners if names is None or name in names):
-        title = "where and from which seed" if names else TITLES.get(section) or ", ".join(owners[name])
+    for name in found if names is None else filter(names.__contains__, found):
+        owners, item = found[name], next(iter(found[name].values()))
+        title = "where and from which seed" if names else TITLES.get(section) or ", ".join(owners)
         group = groups[title] = groups.get(title) or parser.add_argument_group(title)
-        items = {owner: item for owner in owners[name] for item in fields(kinds[owner]) if item.name == name}
-        item = next(iter(items.values()))
-        default, said = shown(item.default), ""
-        others = {owner: shown(other.default) for owner, other in items.items() if shown(other.default) != default}
+        others = {owner: shown(other.default) for owner, other in owners.items()}
         others |= {preset: shown(given[name]) for preset, given in PRESETS.items() if name in given}
+        default = shown(item.default)
         said = "".join(f"; {whose}: {value}" for whose, value in others.items() if value != default)
+        kind = float if item.default is None else type(item.default)
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=METAVARS[kind])
         help = f"{item.metadata['help']} (default: {default}{said})".replace("%", "%%")
-        option = "--" + typed(name)
-        if isinstance(item.default, bool):
-            group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=help)
-        else:
-            kind = float if item.default is None else type(item.default)
-            metavar = {int: "N", float: "X", str: "NAME"}[kind]
-            group.add_argument(option, type=kind, default=None, metavar=metavar, help=help)
+        group.add_argument("--" + typed(name), default=None, help=help, **how)
 
 
-def add_command(commands: Any, name: str, help: str, *sources: str) -> Parser:
-    """One command with the options that it uses."""
-    stage = name in USES
-    prog = f"python -m rlhf_lessons {name}"
-    sub = commands.add_parser(
-        name, prog=prog, usage=f"{prog} [options]", help=help, description=help[0].upper() + help[1:] + ".",
-        epilog=f"examples:\n{EXAMPLES[name]}{RUN_FOLDER if stage else ''}",
-    )  # fmt: skip
+def add_option(group: Any, name: str, *, option: str = "", **how: Any) -> None:
+    """One option, typed by its name or another; or, with a number of values that are taken, what needs no option."""
+    words = name if "nargs" in how else "--" + typed(option or name)
+    group.add_argument(words, help=WHAT[name], **how)
+
+
+def add_command(commands: Any, name: str) -> None:
+    """One command with the options that it uses; its help text begins with a line on what it does."""
+    usage, sources, others = COMMANDS[name]
+    (help, epilog), prog = HELP[name].split("\n", 1), f"python -m rlhf_lessons {name}"
+    sub = commands.add_parser(name, prog=prog, usage=f"{prog} {usage}", help=help,
+                              description=help[0].upper() + help[1:] + ".",
+                              epilog=epilog + (HELP["run_folder"] if name in USES else ""))  # fmt: skip
     group = sub.add_argument_group("your own data and models (the tiny world's where not given)")
-    for source in sources:
-        kind, metavar, text = SOURCES[source]
-        group.add_argument("--" + typed(source), type=kind, metavar=metavar, help=text)
-    if stage:
-        sub.add_argument("--out", type=Path, metavar="FOLDER", help="new folder to write (default: runs/ and the time)")
-        sub.add_argument(
-            "--preset", choices=tuple(PRESETS), default="tiny",
-            help="set of defaults. tiny: for a laptop's CPU; small: GPT-2-sized, for a GPU (default: tiny)",
-        )  # fmt: skip
-        sub.add_argument(
-            "--checkpoint-every", type=int, default=EVERY, metavar="N",
-            help="iterations between two checkpoints, from which --resume goes on; of a fit ten times as many steps "
-            f"(default: {EVERY})",
-        )  # fmt: skip
-        for section, names in USES[name].items():
-            add_settings(sub, section, names, tuple(METHODS) if name == "run" else ("ppo",))
-    if {"prompts", "preferences"}.intersection(sources):
-        help = "read plain prompts as a user's messages, by the model's chat template"
-        sub.add_argument("--chat", action="store_true", default=None, help=help)
-    if "eval_prompts" in sources:
-        help = "tensorboard, trackio, wandb or another tracker of accelerate's; may be given several times"
-        sub.add_argument("--log-with", action="append", metavar="NAME", help=help)
-    if "eval_preferences" in sources:
-        sub.add_argument(
-            "--long-pairs", choices=("drop", "cut", "refuse"), default="drop",
-            help="what becomes of a pair of texts longer than the model's context (default: drop)",
-        )  # fmt: skip
-    if sources:
-        sub.add_argument(
-            "--threads", type=int, metavar="N",
-            help="of the CPU (default: 1 with the tiny world's own models, else as many as PyTorch takes)",
-        )  # fmt: skip
-    return sub
-
-
-def add_run_options(run: Parser) -> None:
-    """What `run` alone takes."""
-    run.add_argument(
-        "--method", choices=tuple(METHODS), default="ppo",
-        help="how the base model is aligned; options that the method does not read are refused (default: ppo)",
-    )  # fmt: skip
-    run.add_argument(
-        "--resume",
-        type=Path,
-        metavar="FOLDER",
-        help="continue the run in this folder that was stopped, whichever command began it, as it began",
-    )
-    run.add_argument(
-        "--opening-words", type=int, default=OPENING_WORDS, metavar="N",
-        help=f"words of a --corpus line that make a prompt; 0: the begin token alone (default: {OPENING_WORDS})",
-    )  # fmt: skip
+    for source in sources.split():
+        add_option(group, source, **SOURCES[source])
+    for option in others.split():
+        add_option(sub, option, **OTHERS[option])
+    for section, names in USES.get(name, {}).items():
+        add_settings(sub, section, names, tuple(METHODS) if name == "run" else ("ppo",))
 
 
 def build_parser() -> Parser:
     """All commands and their options."""
-    parser = Parser(
-        prog="python -m rlhf_lessons", description=ABOUT, epilog=f"examples:\n{EXAMPLES['']}",
-        usage="python -m rlhf_lessons COMMAND [options]",
-    )  # fmt: skip
+    prog = "python -m rlhf_lessons"
+    texts = {"usage": f"{prog} COMMAND [options]", "description": HELP["about"], "epilog": HELP["commands"]}
+    parser = Parser(prog=prog, **texts)
     parser.add_argument("--version", action="version", version=f"rlhf_lessons {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    run = add_command(
-        commands, "run", "the whole pipeline, from text to an aligned model and its report",
-        "corpus", "preferences", "eval_preferences", "prompts", "eval_prompts", "model", "reward_model", "score",
-    )  # fmt: skip
-    add_run_options(run)
-    add_command(commands, "pretrain", "train a language model from scratch on text", "corpus")
-    add_command(
-        commands, "reward", "train a reward model on preferences, from a language model's trunk",
-        "model", "preferences", "eval_preferences",
-    )  # fmt: skip
-    ppo = add_command(
-        commands, "ppo", "PPO from a language model and a reward",
-        "prompts", "eval_prompts", "model", "reward_model", "score",
-    )  # fmt: skip
-    for sub in (run, ppo):
-        sub.add_argument(
-            "--critic", choices=CRITICS,
-            help="whether PPO's critic shares the policy's trunk or has its own (default: shared)",
-        )  # fmt: skip
-        sub.add_argument(
-            "--sampler", choices=("plain", "static", "vllm"), default="plain",
-            help="how responses are drawn; static: fixed shapes, on a GPU in a CUDA graph; vllm: by that engine, in "
-            "the environment that `make vllm` sets up (default: plain)",
-        )  # fmt: skip
-    sample = add_command(
-        commands, "sample", "responses of a model before and after PPO, side by side, with scores",
-        "prompts", "model", "reward_model", "score",
-    )  # fmt: skip
-    sample.add_argument("--policy", metavar="MODEL", help="the model after PPO (default: the tiny world's)")
-    sample.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
-    sample.add_argument("--count", type=int, default=8, metavar="N", help="responses to show (default: 8)")
-    sample.add_argument("--max-new-tokens", type=int, metavar="N", default=24, help="longest response (default: 24)")
-    sample.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice and the sampling (default: 0)")
-    table = add_command(commands, "summary", "runs as a Markdown table, a row each")
-    table.usage = f"{table.prog} FOLDER [FOLDER ...]"
-    table.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="folders of runs")
-    comparison = add_command(commands, "compare", "in what runs differ, and what came of it: a table, and their curves")
-    comparison.usage = f"{comparison.prog} FOLDER FOLDER [FOLDER ...] [--out FILE]"
-    comparison.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="folders of runs, stopped ones too")
-    help = "new picture (.png) of their curves, one over another (default: comparison.png)"
-    comparison.add_argument("--out", type=Path, metavar="FILE", default=Path("comparison.png"), help=help)
-    solved = add_command(
-        commands, "progress", "the exercises and hunts of your copy of the lessons, and which are solved"
-    )
-    solved.usage = f"{solved.prog} [FOLDER]"
-    solved.add_argument(
-        "lessons", nargs="?", type=Path, metavar="FOLDER", default=Path("lab"),
-        help="the copy that `make lab` made (default: lab)",
-    )  # fmt: skip
+    for name in COMMANDS:
+        add_command(commands, name)
     return parser
 
 

@@ -5,9 +5,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rlhf_lessons.app.options import SOURCES, TITLES
+from rlhf_lessons.app.options import KINDS, SOURCES, TITLES, WHAT
 from rlhf_lessons.app.run_folder import read_lines, strict_json
-from rlhf_lessons.config import METHODS, ModelConfig, PretrainConfig, RewardConfig
+from rlhf_lessons.config import METHODS
 from rlhf_lessons.plots.curves import METRICS
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -40,11 +40,10 @@ def settings_tables(config: dict[str, Any], method: str) -> list[tuple[str, list
     """What a run was given and the settings that it has read, section by section, each with its sentence."""
     sources = config.get("sources", {})
     given = {name: Path(source).name for name, source in sources.items() if source and name in SOURCES}
-    tables = [("given", [{"name": name, "value": value, "help": SOURCES[name][2]} for name, value in given.items()])]
-    fits = {"pretrain": (PretrainConfig, "corpus" in given),
-            "reward": (RewardConfig, not {"reward_model", "score"} & given.keys())}  # fmt: skip
-    made = {section: kind for section, (kind, was_made) in fits.items() if was_made}
-    for section, kind in ({method: METHODS[method], "model": ModelConfig} | made).items():
+    tables = [("given", [{"name": name, "value": value, "help": WHAT[name]} for name, value in given.items()])]
+    made = {"model": True, "pretrain": "corpus" in given, "reward": not {"reward_model", "score"} & given.keys()}
+    for section in (method, *filter(made.get, made)):
+        kind = METHODS[method] if section == method else KINDS[section]
         read = [item for item in fields(kind) if item.name in config.get(section, {})]
         tables.append((TITLES.get(section, "the method"), [
             {"name": item.name, "value": (value := config[section][item.name]), "changed": value != item.default,

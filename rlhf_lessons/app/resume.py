@@ -26,9 +26,7 @@ class Stage(Keeper):
     not wait.
     """
 
-    def __init__(
-        self, folder: RunFolder, name: str, *, each: int = 1, beside: Callable[[], Mapping[str, Any]] = dict
-    ) -> None:
+    def __init__(self, folder: RunFolder, name: str, *, each: int = 1, beside: Callable[[], dict] = dict) -> None:
         super().__init__(folder.state, every=each * folder.every)
         self.name, self.beside, self.asked = name, beside, False
 
@@ -64,11 +62,13 @@ class Stage(Keeper):
             raise KeyboardInterrupt
 
 
-def begun(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """What the config.json of a run that was stopped says, and the command line that began it.
+def original(arguments: argparse.Namespace, parse: Callable[[list[str]], argparse.Namespace]) -> argparse.Namespace:
+    """The arguments that the run which `--resume` names began with, its folder, and (`begun`) its config.json.
 
-    Raises ValueError for a folder that holds no run, or one that has finished.
+    Raises ValueError for a folder that holds no run, or one that has finished; and for an option beside `--resume` that
+    is not the run's own.
     """
+    folder = arguments.resume
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         command = [str(word) for word in config["made_by"]["command"][3:]]
@@ -76,38 +76,25 @@ def begun(folder: Path) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(f"{folder}: holds no run that could go on ({type(error).__name__}: {error})") from error
     if not (folder / CHECKPOINT).is_dir():
         raise ValueError(f"{folder}: its run has finished; --out begins another")
-    return config, command
-
-
-def original(arguments: argparse.Namespace, parse: Callable[[list[str]], argparse.Namespace]) -> argparse.Namespace:
-    """The arguments that the run which `--resume` names began with, and its folder.
-
-    Raises ValueError for an option beside `--resume` that is not the run's own.
-    """
-    config, command = begun(arguments.resume)
     own, unsaid = parse(command), vars(parse(["run"]))
     for name, value in vars(arguments).items():
         kept = getattr(own, name, None)
         if name not in ("command", "words", "resume", "out") and value not in (unsaid.get(name), kept):
-            raise ValueError(
-                f"give --{typed(name)} as the run began ({kept}), or not at all, with --resume; got {value}"
-            )
-    own.resume, own.out, own.threads = arguments.resume, arguments.resume, config.get("threads")
+            how = f"as the run began ({kept}), or not at all"
+            raise ValueError(f"give --{typed(name)} {how}, with --resume; got {value}")
+    own.resume, own.out, own.begun, own.threads = folder, folder, config, config.get("threads")
     return own
 
 
-def check_unchanged(folder: Path, described: Mapping[str, Any]) -> None:
+def check_unchanged(config: Mapping[str, Any], described: Mapping[str, Any]) -> None:
     """Raise ValueError for a run whose settings or inputs are not today what its config.json says of them."""
-    config, _ = begun(folder)
     for section, now in json.loads(json.dumps(described)).items():
         then = config.get(section)
-        pairs = {name: (then.get(name), now.get(name)) for name in {**then, **now}} if isinstance(then, dict) else {
-            section: (then, now)}  # fmt: skip
-        for name, (before, after) in pairs.items():
+        then, now = (then, now) if isinstance(then, dict) else ({section: then}, {section: now})
+        for name, before, after in ((name, then.get(name), now.get(name)) for name in {**then, **now}):
             if before != after and section == "inputs":
-                raise ValueError(
-                    f"{name} must be what the run began with; {described['sources'].get(name)} has changed"
-                )
+                source = described["sources"].get(name)
+                raise ValueError(f"{name} must be what the run began with; {source} has changed")
             if before != after:
                 raise ValueError(f"{name} must be {before!r}, as the run began, to go on; got {after!r}")
     if (then := config["made_by"]) and any(then.get(name) != version for name, version in versions().items()):
@@ -128,9 +115,8 @@ def digest(source: str) -> str | None:
 
 def digests(inputs: Inputs) -> dict[str, str | None]:
     """Of each input: the texts as they were read, the files of the models and of a score of one's own."""
-    texts = {name: [text if isinstance(text, str) else dict(text) for text in getattr(inputs, name) or ()]
-             for name in FILES}  # fmt: skip
-    found = {name: hashlib.sha256(json.dumps(read).encode()).hexdigest() for name, read in texts.items() if read}
+    texts = {name: read for name in FILES if (read := getattr(inputs, name))}
+    found = {name: hashlib.sha256(json.dumps(read).encode()).hexdigest() for name, read in texts.items()}
     sources = {name: model.name for name in ("model", "reward_model") if (model := getattr(inputs, name))}
     if inputs.score is not None:
         sources["score"] = inspect.getsourcefile(inspect.unwrap(inputs.score)) or ""

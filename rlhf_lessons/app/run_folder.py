@@ -110,13 +110,14 @@ class RunFolder:
         """Write a JSON file, whole or not at all."""
         self.write_text(name, strict_json(content, indent=2, ensure_ascii=False) + "\n")
 
+    def write_numbers(self, name: str, content: dict | list) -> None:
+        """Write a JSON file, whole or not at all, its numbers to six digits."""
+        self.write_json(name, rounded(content))
+
     def write_config(self, settings: dict, command: Sequence[str]) -> None:
         """config.json: the settings, the command line, the versions and the GPU, if any, that made the run."""
-        made_by = {
-            "command": ["python", "-m", "rlhf_lessons", *command],
-            **versions(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        }
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        made_by = {"command": ["python", "-m", "rlhf_lessons", *command], **versions(), "gpu": gpu}
         self.write_json("config.json", settings | {"made_by": made_by})
 
     def append_metrics(self, iteration: int, metrics: dict[str, float]) -> None:
