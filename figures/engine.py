@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from record import SEEDS, mean_of_last, tiny_run, write_json
+from record import mean_of_last, tiny_run, write_json
 
 from rlhf_lessons import tiny_reviews
 from rlhf_lessons.adapters import merged_weights
@@ -26,6 +26,7 @@ from rlhf_lessons.models import ASSETS, load_causal_lm, random_gpt2
 from rlhf_lessons.rollout import Credited
 
 PATH = Path(__file__).resolve().parent / "vllm" / "vllm.json"
+SEEDS = range(6)  # three leave the mean's own chance as large as what is looked for
 FEW = 5  # iterations in which the ratio is looked at
 ROUNDS = 5  # of sampling by either, in turn
 RUNS = {  # what samples: None is ours, else what vLLM computes in; and the settings that differ
