@@ -46,6 +46,7 @@ def describe(inputs: Inputs, settings: Settings, arguments: argparse.Namespace) 
 def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argparse.Namespace) -> dict[str, Any]:
     """`run` and `ppo`: the whole pipeline; a stage whose result is given is left out. Returns the method's summary."""
     config, method, words = settings.method, method_of(arguments), getattr(arguments, "opening_words", 0)
+    sampler = sampler_named(arguments.sampler)  # what is not installed is said now, not after the fits
     room = {"max_new_tokens": config.max_new_tokens}  # that a prompt leaves its response
     prompts = inputs.choose_prompts(opening_words=words, seed=config.seed, **room)
     base, asked, critic = inputs.model, [*prompts, *(inputs.eval_prompts or ())], critic_of(arguments)
@@ -76,7 +77,7 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
         if settings.model.weights == "bf16":
             score.bfloat16()
         data.encode_prompts(base.tokenizer, asked, context=context_of(score), whose="the reward model", **room)
-    options = dict(sampler=sampler_named(arguments.sampler), eval_prompts=inputs.eval_prompts or ())
+    options = dict(sampler=sampler, eval_prompts=inputs.eval_prompts or ())
     return align(method, config, policy, score, prompts, base.tokenizer, folder=folder, pairs=pairs,
                  gold=inputs.tiny_world, **options)  # fmt: skip
 
@@ -183,6 +184,10 @@ def sampler_named(name: str) -> Callable[..., Any] | None:
     """The sampler that an option names; None for the trainer's own."""
     if name == "plain":
         return None
+    if name == "vllm":
+        from rlhf_lessons.engines.vllm import VLLMSampler
+
+        return VLLMSampler()
     from rlhf_lessons.engines.static import StaticSampler
 
     return StaticSampler()
