@@ -110,6 +110,14 @@ def show_comparison(arguments: argparse.Namespace) -> None:
     print(f"\nwritten to {arguments.out}")
 
 
+def write_hand_over(arguments: argparse.Namespace) -> None:
+    """`hand-over`: a run's folder for another engine."""
+    from rlhf_lessons.app.hand_over import hand_over
+
+    folder = hand_over(arguments.run, arguments.to, arguments.out)
+    print(f"\nwritten to {folder}; its README.md says how to go on")
+
+
 def show_progress(arguments: argparse.Namespace) -> None:
     """`progress`: a table of what a learner has solved."""
     from rlhf_lessons.record import progress_table
@@ -164,7 +172,7 @@ def run_command(argv: list[str] | None) -> None:
         arguments = build_parser().parse_args(argv)
         arguments.words = sys.argv[1:] if argv is None else argv
         others = {"sample": show_samples, "summary": show_summary, "compare": show_comparison}
-        others |= {"progress": show_progress}
+        others |= {"progress": show_progress, "hand-over": write_hand_over}
         if arguments.command not in others or not one_of_the_others():
             others.get(arguments.command, run_stage)(arguments)
     finally:

@@ -226,6 +226,24 @@ class RewardModel(nn.Module):
         return model
 
 
+def value_classifier(policy: CausalLMWithValueHead, *, of: str) -> nn.Module:
+    """The critic alone as a classifier with one label, whose logit at each position is V there: other trainers' critic.
+
+    of: "token", a token classifier; "sequence", a sequence classifier, whose head has no bias: its logits are V − b.
+    Raises ValueError for a family without such a classifier.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    kinds = {"token": AutoModelForTokenClassification, "sequence": AutoModelForSequenceClassification}
+    config = copy.deepcopy(policy.config)
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    classifier = kinds[of].from_config(config, dtype=torch.float32)
+    trunk_of(classifier).load_state_dict(dict(merged_weights(policy.critic or trunk_of(policy.lm))))
+    head = getattr(classifier, "score", None) or classifier.classifier
+    head.load_state_dict(policy.value_head.state_dict(), strict=False)  # one without a bias leaves ours out
+    return classifier
+
+
 def load_reward_model(path: str | Path) -> RewardModel:
     """Load a one-label sequence classifier from a folder or hub name, with its normalisation if it has one."""
     from transformers import AutoModelForSequenceClassification

@@ -138,6 +138,7 @@ class Trainer:
         self.sampler = sampler or sample_responses
         self.iteration, self.unproven, self.evaluated = 0, False, None
         self.check_models()
+        self.hand_weights()
 
     def check_models(self) -> None:
         """Raise ValueError for models that cannot learn, lack ids of the tokenizer, or score unlike they sample."""
@@ -193,10 +194,14 @@ class Trainer:
         metrics |= {"seconds_rollout": sampled - started, "seconds_update": time.perf_counter() - sampled}
         self.kl_controller.update(metrics["kl"], self.config.batch_size)
         self.scheduler.step()
-        if hasattr(self.sampler, "update"):
-            self.sampler.update(merged_weights(self.lm))
+        self.hand_weights()
         self.iteration += 1
         return metrics
+
+    def hand_weights(self) -> None:
+        """Give a sampler with weights of its own the policy's, as they are now."""
+        if hasattr(self.sampler, "update"):
+            self.sampler.update(merged_weights(self.lm))
 
     def train(self, on_step: Callback | None = None, *others: Callback) -> list[dict[str, float]]:
         """The steps that are left of `num_iterations`; after each, every callback, in order. Returns their metrics.
@@ -451,6 +456,7 @@ class Trainer:
             getattr(self, part).load_state_dict(its)
         self.kl_controller.coef, self.iteration = state["kl_coef"], state["iteration"]
         self.generator.set_state(state["generator"])
+        self.hand_weights()
 
 
 class PPOTrainer(Trainer):

@@ -50,6 +50,7 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
     require("method", method, method in TRAINERS or not sharded(), f"{', '.join(TRAINERS)} under FSDP")
     # What a graph has captured it reads where it was.
     require("sampler", arguments.sampler, arguments.sampler != "static" or not sharded(), "plain under FSDP")
+    sampler = sampler_named(arguments.sampler)  # what is not installed is said now, not after the fits
     room = {"max_new_tokens": config.max_new_tokens}  # that a prompt leaves its response
     prompts = inputs.choose_prompts(opening_words=words, seed=config.seed, **room)
     base, asked, critic = inputs.model, [*prompts, *(inputs.eval_prompts or ())], critic_of(arguments)
@@ -80,7 +81,7 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
         if settings.model.weights == "bf16":
             score.bfloat16()
         data.encode_prompts(base.tokenizer, asked, context=context_of(score), whose="the reward model", **room)
-    options = dict(sampler=sampler_named(arguments.sampler), eval_prompts=inputs.eval_prompts or ())
+    options = dict(sampler=sampler, eval_prompts=inputs.eval_prompts or ())
     return align(method, config, policy, score, prompts, base.tokenizer, folder=folder, pairs=pairs,
                  gold=inputs.tiny_world, **options)  # fmt: skip
 
@@ -187,6 +188,10 @@ def sampler_named(name: str) -> Callable[..., Any] | None:
     """The sampler that an option names; None for the trainer's own."""
     if name == "plain":
         return None
+    if name == "vllm":
+        from rlhf_lessons.engines.vllm import VLLMSampler
+
+        return VLLMSampler()
     from rlhf_lessons.engines.static import StaticSampler
 
     return StaticSampler()
