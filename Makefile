@@ -45,9 +45,10 @@ mutants: $(READY)       ## plant one mistake at a time and see the tests fail
 bench: $(READY)         ## speed and memory
 	$(PY) tests/bench $(ARGS)
 
-engines: $(READY)       ## the lessons' claims put to the functions of verl and OpenRLHF, installed beside in build/engines
+# With VLLM_PYTHON naming the Python of an environment that has vLLM, that samples too.
+engines: $(READY)       ## the lessons' claims, and a run handed over, put to verl, OpenRLHF and TRL, installed beside in build/engines
 	$(PY) -m pip install -q --target build/engines --no-deps --upgrade -r tests/engines.txt
-	PYTHONPATH=build/engines $(PY) -m pytest tests/proof/test_engines.py -q
+	PYTHONPATH=build/engines $(PY) -m pytest tests/proof/test_engines.py tests/test_handed_over.py -q
 
 # An environment of its own, since vLLM holds back transformers. Its torch for a CPU stands on an index of its own;
 # what it brings for pictures and sound, of another build than that torch, breaks its import, and texts need none of it.

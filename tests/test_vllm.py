@@ -291,11 +291,11 @@ def test_an_engine_that_does_not_start_is_told_in_a_sentence(queries):
     assert draw.engine is None
 
 
-def test_several_processes_are_refused(queries, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+def test_several_processes_are_refused_at_the_start(monkeypatch):
+    for name, value in (("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="plain or static where several processes work; got vllm in 2"):
-        sampler()(tiny_lm(n_head=1), *queries, max_new_tokens=2, **IDS)
+        sampler()
 
 
 def test_without_vllm_it_is_said_how_to_get_it(monkeypatch):

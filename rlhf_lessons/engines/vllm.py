@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rlhf_lessons.adapters import merged_weights
 from rlhf_lessons.data import pad, real_ids
+from rlhf_lessons.device import process
 from rlhf_lessons.forward import plain
 from rlhf_lessons.generation import Responses, Sampler, draw_uniforms
 
@@ -34,12 +35,15 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}  #
 class VLLMSampler(Sampler):
     """Takes the place of `sample_responses`; its engine is made at the first call, for the model that samples there.
 
-    options: of `vllm.LLM`, in place of those that are chosen here. Raises ValueError where vLLM cannot be imported.
+    options: of `vllm.LLM`, in place of those that are chosen here. Raises ValueError where vLLM cannot be imported, and
+    in one of several processes.
     """
 
     exact = False
 
     def __init__(self, **options: Any) -> None:
+        if (processes := process()[1]) > 1:
+            raise ValueError(f"sampler must be plain or static where several processes work; got vllm in {processes}")
         self.vllm, self.options, self.engine = imported(), options, None
 
     @torch.no_grad()
@@ -82,9 +86,6 @@ class VLLMSampler(Sampler):
     def start(self, lm: nn.Module) -> None:
         """Make the engine for a model, in the precision that it samples in now, and give it the weights."""
         name, device = type(lm).__name__, lm.device.type
-        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        if processes > 1:
-            raise ValueError(f"sampler must be plain or static where several processes work; got vllm in {processes}")
         # What vLLM has no code for it runs by the library's own, whose classes, the policy's own, it changes.
         known = getattr(self.vllm.ModelRegistry.models.get(name), "module_name", "transformers")
         if "transformers" in known:
