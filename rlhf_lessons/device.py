@@ -104,8 +104,8 @@ def told(value: Any) -> list[Any]:
 
 
 def end_processes() -> None:
-    """Take leave of the other processes, if there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    """Take leave of the other processes, if there are any; one process's group is that of an engine in it."""
+    if process()[1] > 1 and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 

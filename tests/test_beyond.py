@@ -60,7 +60,8 @@ def test_vllm_beside_our_own_sampler():
     assert list(found["runs"]) == list(engine.RUNS)
     gold = {}
     for label, runs in found["runs"].items():
-        assert [run["seed"] for run in runs] == list(engine.SEEDS) and {len(run["gold"]) for run in runs} == {50}
+        assert len(runs) >= 3 and [run["seed"] for run in runs] == list(engine.SEEDS)[: len(runs)]
+        assert {len(run["gold"]) for run in runs} == {50}
         assert all(run["gold_after"] == pytest.approx(sum(run["gold"][-5:]) / 5, abs=1e-3) for run in runs)
         gold[label] = sum(run["gold_after"] for run in runs) / len(runs)
     assert gold["vLLM, bf16, weights truncated"] == pytest.approx(gold["ours"], rel=0.05)

@@ -8,7 +8,7 @@ import torch
 import rlhf_lessons
 from rlhf_lessons import device
 from rlhf_lessons.__main__ import main
-from rlhf_lessons.device import autocast, make_accelerator
+from rlhf_lessons.device import autocast, end_processes, make_accelerator
 from rlhf_lessons.fitting import fit_language_model
 
 
@@ -76,3 +76,15 @@ def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch):
             autocast(torch.device(name), "bf16")
     with autocast(torch.device("cpu"), "bf16"):
         assert torch.is_autocast_enabled("cpu")
+
+
+def test_a_group_of_one_process_is_left_to_the_engine_that_made_it(tmp_path, monkeypatch):
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        end_processes()
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
