@@ -349,7 +349,7 @@ def test_trls_command_has_the_runs_settings(handed, tmp_path):
         learning_rate="0.001", beta="0.05", epsilon="0.2", epsilon_high="0.3", loss_type="dapo", scale_rewards="group",
         lr_scheduler_type="linear", bf16="False", reward_funcs="reward.reward", seed="0", weight_decay="0.0",
         vllm_importance_sampling_mode="sequence_mask", vllm_importance_sampling_clip_max="4.0",
-        vllm_importance_sampling_clip_min="0.25",
+        vllm_importance_sampling_clip_min="0.25", use_bias_correction_kl="False", entropy_coef="0.0",
     )  # fmt: skip
     found = options_of(words[2:])
     assert {name: found.get(name) for name in expected} == expected
