@@ -37,7 +37,7 @@ OTHERS = {  # what some commands take, which is no setting of a stage
     "resume": FOLDER,
     "opening_words": dict(default=OPENING_WORDS, **NUMBER),
     "critic": dict(choices=CRITICS),
-    "sampler": dict(choices=("plain", "static"), default="plain"),
+    "sampler": dict(choices=("plain", "static", "vllm"), default="plain"),
     "policy": MODEL,
     "prompt": dict(action="append", metavar="TEXT"),
     "count": dict(default=8, **NUMBER),
@@ -201,6 +201,8 @@ def check_given(arguments: argparse.Namespace) -> None:
             raise ValueError(f"give --{typed(name)} with --method {' or '.join(readers)}: {method} does not read it")
     if method == "dpo" and "corpus" in given and "preferences" not in given:
         raise ValueError("give --preferences with --corpus: DPO learns from them, and the tiny world has none")
+    if method == "dpo" and values["sampler"] == "vllm":
+        raise ValueError("give --sampler plain or static with --method dpo: its fit hands an engine no weights")
     if values["command"] == "pretrain":
         given &= {"corpus", "vocab_size"}  # it reads the other sizes without a corpus too
     for names, needed, others, why in READ:
