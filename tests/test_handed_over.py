@@ -1,6 +1,7 @@
 """A folder that was handed over, read by TRL, verl, OpenRLHF and vLLM themselves; skipped where one is not installed.
 
-`make engines` installs the first three without all that they need for training on many GPUs, and runs this.
+`make engines` installs the first three without all that they need for training on many GPUs, and runs this; `make vllm`
+runs the last part.
 """
 
 # ruff: noqa: F811  fixtures by their names
