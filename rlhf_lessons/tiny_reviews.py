@@ -241,8 +241,7 @@ def gold_terms(prompt: str, response: str) -> GoldTerms:
     violations = sum(pair not in ALLOWED_PAIRS for pair in pairs[len(before) :])
     words = _repeats(content, sum(word in CONTENT_WORDS for word in before))
     repeated_pairs = _repeats(pairs, len(before))
-    cost = VIOLATION_COST * violations
-    cost += REPEATED_WORD_COST * words + REPEATED_PAIR_COST * repeated_pairs
+    cost = VIOLATION_COST * violations + REPEATED_WORD_COST * words + REPEATED_PAIR_COST * repeated_pairs
     return GoldTerms(sentiment, violations, words, repeated_pairs, sentiment - cost)
 
 
