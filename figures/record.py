@@ -278,15 +278,20 @@ def write_json(path: Path, content: dict, **options: Any) -> None:
 
 
 def tiny_run(
-    method: str, config: TrainerConfig, prompts: list[str], measure: Callable[[Credited], dict] = lambda batch: {}
-) -> list[dict[str, float]]:
-    """The metrics of a run on the shipped models, with the gold reward of each batch and what `measure` says of it."""
+    method: str, config: TrainerConfig, prompts: list[str], measure: Callable[[Credited], dict] = lambda batch: {},
+    **options: Any,
+) -> list[dict[str, float]]:  # fmt: skip
+    """The metrics of a run on the shipped models, with the gold reward of each batch and what `measure` says of it.
+
+    options: of the trainer, such as its sampler.
+    """
     base = ASSETS / "base"
     with torch.random.fork_rng(devices=[]):
         policy = CausalLMWithValueHead.from_pretrained(base) if method == "ppo" else load_causal_lm(base)
     trainer = TRAINERS[method](
-        config, policy, load_causal_lm(base), load_reward_model(ASSETS / "reward_model"), prompts, load_tokenizer(base)
-    )
+        config, policy, load_causal_lm(base), load_reward_model(ASSETS / "reward_model"), prompts,
+        load_tokenizer(base), **options,
+    )  # fmt: skip
 
     def add(step: int, metrics: dict[str, float], batch: Credited) -> None:
         metrics |= {"gold": float(tiny_reviews.gold_reward(*trainer.texts(batch)).mean())} | measure(batch)

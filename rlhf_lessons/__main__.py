@@ -4,8 +4,10 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 """
 
 import argparse
+import contextlib
 import os
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
     from rlhf_lessons.app import inputs, pipeline, resume
     from rlhf_lessons.app.run_folder import RunFolder
     from rlhf_lessons.app.trackers import tracked
-    from rlhf_lessons.device import keep_freed_memory, use_threads
+    from rlhf_lessons.device import end_processes, keep_freed_memory, make_accelerator, told, use_threads
     from rlhf_lessons.display import say
 
     going_on = getattr(arguments, "resume", None)
@@ -30,7 +32,8 @@ def run_stage(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     use_threads(threads_of(arguments))
     settings = settings_from(arguments)
-    out = arguments.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    make_accelerator(settings.method.device)  # from here on the processes, if there are several, know of each other
+    out = told(arguments.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))[0]
     folder = RunFolder(out, new=not going_on, every=arguments.checkpoint_every)
     say(f"run folder: {folder.path}")
     found = inputs.resolve(arguments)
@@ -40,19 +43,23 @@ def run_stage(arguments: argparse.Namespace) -> None:
     else:
         folder.write_config(described, arguments.words)
     followed = tracked({*(getattr(arguments, "log_with", None) or ())}, folder.path, device=settings.method.device)
+    made = folder.path
     try:
-        with folder.in_use(), followed as folder.follow:
+        with contextlib.ExitStack() as held:
+            if folder.first:
+                held.enter_context(folder.in_use())
+                folder.follow = held.enter_context(followed)
             if arguments.command == "pretrain":
                 made = Path(pipeline.pretrain(found, settings, folder).name)
             elif arguments.command == "reward":
                 made = Path(pipeline.fit_reward(found, found.model, settings, folder).name)
-            else:
-                print_summary(folder.path, pipeline.run(found, settings, folder, arguments))
-                made = folder.path
+            elif summary := pipeline.run(found, settings, folder, arguments):  # in the first process
+                print_summary(made, summary)
     except BaseException:
         if folder.state.exists():
             say(f"\nrun --resume {folder.path} goes on from the last checkpoint")
         raise
+    end_processes()
     page = made / "report.html"
     print(f"\nwritten to {made}" + (f"; {page} shows it in a browser" if page.exists() else ""))
 
@@ -103,6 +110,14 @@ def show_comparison(arguments: argparse.Namespace) -> None:
     print(f"\nwritten to {arguments.out}")
 
 
+def write_hand_over(arguments: argparse.Namespace) -> None:
+    """`hand-over`: a run's folder for another engine."""
+    from rlhf_lessons.app.hand_over import hand_over
+
+    folder = hand_over(arguments.run, arguments.to, arguments.out)
+    print(f"\nwritten to {folder}; its README.md says how to go on")
+
+
 def show_progress(arguments: argparse.Namespace) -> None:
     """`progress`: a table of what a learner has solved."""
     from rlhf_lessons.record import progress_table
@@ -136,14 +151,30 @@ def print_anywhere() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def one_of_the_others() -> bool:
+    """Whether a launcher started several processes and this is not the first, which alone speaks."""
+    return "LOCAL_RANK" in os.environ and os.environ["RANK"] != "0"
+
+
+def wait_for_the_launcher(error: BaseException) -> None:
+    """Of several processes: leave it to the one in which an error began to say so; their launcher then ends all.
+
+    The first says at once what befalls all; another says later what befell itself alone, and nobody that it is missed.
+    """
+    if one_of_the_others() or "Connection closed by peer" in str(error):
+        time.sleep(5)
+        sys.stderr = sys.__stderr__
+
+
 def run_command(argv: list[str] | None) -> None:
     """Run a command, and hand over all that was printed, a help text too."""
     try:
         arguments = build_parser().parse_args(argv)
         arguments.words = sys.argv[1:] if argv is None else argv
         others = {"sample": show_samples, "summary": show_summary, "compare": show_comparison}
-        others |= {"progress": show_progress}
-        others.get(arguments.command, run_stage)(arguments)
+        others |= {"progress": show_progress, "hand-over": write_hand_over}
+        if arguments.command not in others or not one_of_the_others():
+            others.get(arguments.command, run_stage)(arguments)
     finally:
         flush()
 
@@ -151,6 +182,8 @@ def run_command(argv: list[str] | None) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns 0, or 2 after one line on what was wrong, 130 when interrupted, 141 when nobody reads."""
     print_anywhere()
+    if one_of_the_others():
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     try:
         run_command(argv)
     except BrokenPipeError:
@@ -159,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         exec("")  # Python forgets an interruption inside such a call only at the next one, else it ends by a signal
         print("\nstopped; what was written so far is complete and can be read", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the latter is argparse's, which has spoken
+        wait_for_the_launcher(error)
         message = explain(error)
         if message is None:
             raise

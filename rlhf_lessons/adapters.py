@@ -92,4 +92,5 @@ def merged_weights(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
         merged.merge()
         yield from ((f"{name}.{leaf}", weight) for leaf, weight in merged.get_base_layer().state_dict().items())
     inside = tuple(f"{name}." for name in layers)
-    yield from ((name, weight) for name, weight in plain(lm).state_dict().items() if not name.startswith(inside))
+    rest = ((name, weight) for name, weight in plain(lm).state_dict().items() if not name.startswith(inside))
+    yield from ((name, x.full_tensor() if hasattr(x, "full_tensor") else x) for name, x in rest)  # FSDP's shares

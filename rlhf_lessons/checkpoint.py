@@ -94,7 +94,7 @@ def restored(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 def learnt(model: nn.Module) -> dict[str, torch.Tensor]:
     """A model's state without its frozen parameters, which whoever continues has anyway."""
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    return {name: x for name, x in model.state_dict(keep_vars=True).items() if name not in frozen}  # a tied one is one
 
 
 def load_learnt(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

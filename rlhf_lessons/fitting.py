@@ -59,8 +59,9 @@ def fit(
     """Minimise loss_of(row numbers) with AdamW, learning rate warmed up over 5 % of the steps, then linear to 0.
 
     on_step(step, steps, loss) is called after each step. keeper: keeps the fit's state; the fit continues from what it
-    kept, and ends as if it had never stopped. Returns the losses. Raises FloatingPointError, naming the step, before
-    one whose loss or gradient is not finite; ValueError for no rows or a setting out of range.
+    kept, and ends as if it had never stopped. Of several processes each does the same. Returns the losses. Raises
+    FloatingPointError, naming the step, before one whose loss or gradient is not finite; ValueError for no rows or a
+    setting out of range.
     """
     COUNT.check("the number of texts", len(lengths))
     COUNT.check("batch_size", batch_size)

@@ -212,11 +212,13 @@ def in_place_of(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterato
 def head_of_large(lm: nn.Module, positions: int) -> nn.Linear | None:
     """The head of a language model, where so many positions' logits are large and just what it gives; else None.
 
-    None too for a head that is no plain linear layer (an adapter's, a quantised one), or whose call others have taken
-    over, and for logits that are capped, scaled or cut afterwards, which is tried out once.
+    None too for a head that is no plain linear layer (an adapter's, a quantised one) or whose call others have taken
+    over, for logits that are capped, scaled or cut afterwards, which is tried out once, and where processes share the
+    weights out.
     """
     head = lm.get_output_embeddings()
     own = type(head) is nn.Linear and "forward" not in vars(head)
+    own = own and not any(hasattr(p, "full_tensor") for p in lm.parameters())
     if not own or positions * len(head.weight) <= max(LARGE, positions * head.in_features):
         return None
     tried, setting = _plain_heads.setdefault(lm, {}), (id(head), *lm._forward_hooks, *head._forward_hooks)

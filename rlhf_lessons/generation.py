@@ -218,8 +218,8 @@ def new_kv_cache(lm: nn.Module, length: int) -> "DynamicCache | None":
     Layers that look back over a window only keep Hugging Face's own cache, which is short. None where a layer of the
     model remembers something else, e.g. a recurrent state.
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DummyLayer, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
+    from transformers import DynamicCache, cache_utils
+    from transformers.cache_utils import DynamicLayer
 
     class PreallocatedLayer(DynamicLayer):
         """Room for `length` positions from the first step on; the base class copies all of them at every step."""
@@ -239,7 +239,8 @@ def new_kv_cache(lm: nn.Module, length: int) -> "DynamicCache | None":
             self.keys, self.values = (room[:, :, : self.get_seq_length()] for room in self.room)
 
     cache = DynamicCache(config=lm.config)
-    if not {*map(type, cache.layers)} <= {DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer}:
+    others = ("DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer")  # some of a later release
+    if not {*map(type, cache.layers)} <= {DynamicLayer, *(getattr(cache_utils, name, None) for name in others)}:
         return None
     cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -74,7 +74,7 @@ def truncated_ratio(
 ) -> Tensor:
     """The weight that makes good for a sampler whose probabilities are not quite the policy's, capped.
 
-        w = min(π/μ, cap),   π/μ of the token a_t, or of the whole text y
+        w = min(π/μ, cap),   π/μ of the token a_t, or of the whole text y                               (Eq. 16.1)
 
     Arguments, shape and refusals as those of `sampler_ratio`; the weight has no gradient: it weighs a loss. The cap (∞:
     none) bounds the variance and costs a bias, E_μ[w] = 1 − E_μ[(π/μ − cap)⁺]. Source: Ionides 2008, "Truncated
@@ -88,7 +88,7 @@ def masked_ratio(
 ) -> Tensor:
     """The same weight, but 0 where the two disagree by more than a factor of `cap`: such samples are left out.
 
-        w = π/μ · 1[1/cap ≤ π/μ ≤ cap],   so that E_μ[w] = P_π(1/cap ≤ π/μ ≤ cap)
+        w = π/μ · 1[1/cap ≤ π/μ ≤ cap],   so that E_μ[w] = P_π(1/cap ≤ π/μ ≤ cap)                       (Eq. 16.2)
 
     Arguments, shape and refusals as those of `sampler_ratio`; no gradient. Source: Liu et al. 2025, "When speed kills
     stability: demystifying RL collapse from the training-inference mismatch" (masked importance sampling).

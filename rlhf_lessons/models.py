@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -89,6 +89,7 @@ class CausalLMWithValueHead(nn.Module):
         if getattr(head, "weight", None) is None:
             raise ValueError(f"lm must have a language-model head; {type(lm).__name__} has none")
         self.lm = lm
+        self._no_split_modules = getattr(lm, "_no_split_modules", None)  # the blocks, which FSDP shards one by one
         self.critic = copy.deepcopy(trunk_of(lm)) if critic == "separate" else None
         self.value_head = ValueHead(head.weight.shape[-1])  # as wide as what the head reads, not always hidden_size
         self.value_head.to(lm.dtype)
@@ -113,17 +114,21 @@ class CausalLMWithValueHead(nn.Module):
         trunk = trunk_of(self.lm) if self.critic is None else self.critic
         return self.value_head(one_pass(trunk, input_ids, attention_mask, keep=keep).hidden)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the policy as a plain Hugging Face checkpoint, the value head and a separate critic beside it."""
-        folder = Path(folder)
+    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write the policy as a plain Hugging Face checkpoint, the value head and a separate critic beside it.
+
+        state_dict: its weights, where they are not in the model itself.
+        """
+        folder, state = Path(folder), self.state_dict() if state_dict is None else state_dict
+
+        def of(part: str) -> dict[str, Tensor]:
+            return {name.removeprefix(part): x for name, x in state.items() if name.startswith(part)}
+
         with quiet_transformers():
-            self.lm.save_pretrained(folder)
+            self.lm.save_pretrained(folder, state_dict=of("lm."))
             if self.critic is not None:
-                self.critic.save_pretrained(folder / CRITIC_FOLDER)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()},
-            folder / VALUE_HEAD_FILE,
-        )
+                self.critic.save_pretrained(folder / CRITIC_FOLDER, state_dict=of("critic."))
+        save_file({name: x.contiguous() for name, x in of("value_head.").items()}, folder / VALUE_HEAD_FILE)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, critic: str | None = None) -> "CausalLMWithValueHead":
@@ -219,6 +224,24 @@ class RewardModel(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1), generator=generator)
         return model
+
+
+def value_classifier(policy: CausalLMWithValueHead, *, of: str) -> nn.Module:
+    """The critic alone as a classifier with one label, whose logit at each position is V there: other trainers' critic.
+
+    of: "token", a token classifier; "sequence", a sequence classifier, whose head has no bias: its logits are V − b.
+    Raises ValueError for a family without such a classifier.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    kinds = {"token": AutoModelForTokenClassification, "sequence": AutoModelForSequenceClassification}
+    config = copy.deepcopy(policy.config)
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    classifier = kinds[of].from_config(config, dtype=torch.float32)
+    trunk_of(classifier).load_state_dict(dict(merged_weights(policy.critic or trunk_of(policy.lm))))
+    head = getattr(classifier, "score", None) or classifier.classifier
+    head.load_state_dict(policy.value_head.state_dict(), strict=False)  # one without a bias leaves ours out
+    return classifier
 
 
 def load_reward_model(path: str | Path) -> RewardModel:

@@ -135,7 +135,8 @@ def collect(
     if tolerance is not None and not float(sampler_error(rollout)) <= tolerance:
         raise ValueError(
             f"sampler's log-probabilities must be within {tolerance} of the policy's own on average; got "
-            f"{float(sampler_error(rollout)):.3g}: has it been given the weights of the last update?"
+            f"{float(sampler_error(rollout)):.3g}: has it been given the weights of the last update (Sampler.update), "
+            "and are temperature and precision the policy's?"
         )
     return rollout
 

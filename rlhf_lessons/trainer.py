@@ -20,7 +20,7 @@ from rlhf_lessons.adapters import as_reference, merged_weights
 from rlhf_lessons.checkpoint import learnt, load_learnt
 from rlhf_lessons.config import COUNT, PPOConfig, TrainerConfig, require
 from rlhf_lessons.data import Prompt, as_record, encode_prompts, pad
-from rlhf_lessons.device import autocast, gather_rows, make_accelerator, share_of
+from rlhf_lessons.device import autocast, gather_rows, gathered, make_accelerator, share_like, share_of, whole
 from rlhf_lessons.fitting import check_finite, fit_language_model, fit_reward_model
 from rlhf_lessons.forward import context_of, plain
 from rlhf_lessons.generation import Responses, draw_uniforms, eos_ids, sample_responses
@@ -138,12 +138,14 @@ class Trainer:
         self.sampler = sampler or sample_responses
         self.iteration, self.unproven, self.evaluated = 0, False, None
         self.check_models()
+        self.hand_weights()
 
     def check_models(self) -> None:
         """Raise ValueError for models that cannot learn, lack ids of the tokenizer, or score unlike they sample."""
-        check_language_model(self.policy, self.tokenizer)
-        with as_reference(self.lm, self.reference) as held_to:
-            check_language_model(held_to, self.tokenizer)
+        with gathered(self.model):
+            check_language_model(self.policy, self.tokenizer)
+            with as_reference(self.lm, self.reference) as held_to:
+                check_language_model(held_to, self.tokenizer)
         if isinstance(self.scorer, ModelScorer):
             check_vocabulary(self.scorer.model, self.tokenizer)
 
@@ -192,10 +194,14 @@ class Trainer:
         metrics |= {"seconds_rollout": sampled - started, "seconds_update": time.perf_counter() - sampled}
         self.kl_controller.update(metrics["kl"], self.config.batch_size)
         self.scheduler.step()
-        if hasattr(self.sampler, "update"):
-            self.sampler.update(merged_weights(self.lm))
+        self.hand_weights()
         self.iteration += 1
         return metrics
+
+    def hand_weights(self) -> None:
+        """Give a sampler with weights of its own the policy's, as they are now."""
+        if hasattr(self.sampler, "update"):
+            self.sampler.update(merged_weights(self.lm))
 
     def train(self, on_step: Callback | None = None, *others: Callback) -> list[dict[str, float]]:
         """The steps that are left of `num_iterations`; after each, every callback, in order. Returns their metrics.
@@ -224,7 +230,7 @@ class Trainer:
         COUNT.check("the number of eval_prompts", count)
         generator = torch.Generator().manual_seed(self.config.seed)
         rows = torch.arange(count + -count % self.accelerator.num_processes) % count  # as many for each process
-        with autocast(self.device, self.config.precision):
+        with gathered(self.model), autocast(self.device, self.config.precision):
             parts = [
                 self.answers([self.eval_ids[i] for i in some], [self.eval_prompts[i] for i in some], some, generator)
                 for some in rows.split(self.config.batch_size)
@@ -237,7 +243,7 @@ class Trainer:
 
         Raises FloatingPointError, naming the iteration, when one of them is not finite.
         """
-        with autocast(self.device, self.config.precision):
+        with gathered(self.model), autocast(self.device, self.config.precision):
             batch = self.corrected(self.credit(self.collect()))
         rows, real = (len(batch), -1), batch.response_mask
         check_finite(
@@ -372,7 +378,8 @@ class Trainer:
                 report[name] = report.get(name, 0) + value * (share if name.endswith("loss") else tokens)
         values = self.accelerator.reduce(torch.stack(list(report.values())), "sum")
         report = dict(zip(report, values, strict=True))
-        report["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        report["grad_norm"] = whole(norm).to(self.device)
         try:
             if self.unproven:
                 self.check_first_ratio(report)
@@ -421,27 +428,35 @@ class Trainer:
         """A batch's prompts and responses as text: begin token and final EOS stripped, any other token shown."""
         return batch.texts(self.tokenizer)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, copied: bool = True) -> dict[str, Any]:
         """A copy of all that the next step depends on, beside what the trainer was made with and never changes.
 
-        `checkpoint.save_state` writes it, `load_state` reads it.
+        The same on any number of processes, each of which has to ask. `checkpoint.save_state` writes it, `load_state`
+        reads it. copied: False for who writes it at once, and so needs no memory for a second policy and its moments.
         """
-        return copy.deepcopy({
+        state = {
             "iteration": self.iteration,
-            "policy": learnt(self.policy),
-            "optimizer": self.optimizer.state_dict(),
+            "policy": whole(learnt(self.policy)),
+            "optimizer": whole(self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
             "kl_coef": self.kl_controller.coef,
             "generator": self.generator.get_state(),
-        })  # fmt: skip
+        }
+        return copy.deepcopy(state) if copied else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the trainer was that gave this state: bit by bit on the same machine."""
-        load_learnt(self.policy, state["policy"])
-        for part in ("optimizer", "scheduler"):
-            getattr(self, part).load_state_dict(copy.deepcopy(state[part]))
+        own = self.policy.state_dict()
+        load_learnt(self.policy, {name: share_like(x, own.get(name)) for name, x in state["policy"].items()})
+        parts = copy.deepcopy({part: state[part] for part in ("optimizer", "scheduler")})
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, moments in parts["optimizer"]["state"].items():
+            moments |= {name: share_like(x, trained[number]) for name, x in moments.items()}
+        for part, its in parts.items():
+            getattr(self, part).load_state_dict(its)
         self.kl_controller.coef, self.iteration = state["kl_coef"], state["iteration"]
         self.generator.set_state(state["generator"])
+        self.hand_weights()
 
 
 class PPOTrainer(Trainer):

@@ -142,8 +142,9 @@ SMALL = dict(
 
 
 def tiny_trainer(
-    policy=None, reference=None, score_fn=count_good, prompts=PROMPTS, tokenizer=None, eval_prompts=(), **settings
-):
+    policy=None, reference=None, score_fn=count_good, prompts=PROMPTS, tokenizer=None, eval_prompts=(),
+    sampler=None, **settings,
+):  # fmt: skip
     """A trainer on the CPU. Policy and reference are different random models: the KL between them is not 0."""
     from rlhf_lessons.trainer import PPOConfig, PPOTrainer
 
@@ -151,7 +152,7 @@ def tiny_trainer(
     reference = tiny_lm(seed=1) if reference is None else reference
     tokenizer = word_tokenizer() if tokenizer is None else tokenizer
     arguments = PPOConfig(**(SMALL | settings)), policy, reference, score_fn, prompts, tokenizer
-    return PPOTrainer(*arguments, eval_prompts=eval_prompts)
+    return PPOTrainer(*arguments, eval_prompts=eval_prompts, sampler=sampler)
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,8 @@ OWNERS = {
     "14.1": "exact.best_of_n",
     "14.2": "kl.best_of_n_bound",
     "14.3": "scoring.best_of_mean",
+    "16.1": "importance.truncated_ratio",
+    "16.2": "importance.masked_ratio",
 }
 
 

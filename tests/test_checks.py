@@ -30,12 +30,13 @@ from rlhf_lessons.checks._harness import Case, Check, Wrong, outcomes
 
 BY_GRADIENT = ("kl_loss", "other_way")  # judged by expected gradients, whatever the value: test_checks_11.py
 OF_TEXTS = ("is_right", "own_question")  # judged by what they say of texts, not by tensors: test_checks_15.py
+OF_ENGINES = ("truncated_ratio", "stale_engine")  # lesson 16's: test_checks_16.py
 # And those of lessons 12 to 14, whose right answers and hunts stand in test_checks_12.py to test_checks_14.py.
 LATER = ("group_advantages", "one_scale_for_all", "dpo_loss", "lost_reference", "best_of_n", "same_sample_twice")
 FUNCTION_CHECKS = {
     name: c
     for name in checks.__all__
-    if isinstance(c := getattr(checks, name), Check) and name not in BY_GRADIENT + OF_TEXTS + LATER
+    if isinstance(c := getattr(checks, name), Check) and name not in BY_GRADIENT + OF_TEXTS + OF_ENGINES + LATER
 }
 WRONG = [(name, wrong) for name, check in FUNCTION_CHECKS.items() for wrong in check.wrong]
 

@@ -159,6 +159,7 @@ def test_ratio_of_a_text_is_the_geometric_mean_of_its_tokens():
         sequence_ratio(new, old[:, :2])
 
 
+@pytest.mark.equation("16.1")
 @pytest.mark.parametrize("cap", [1.0, 1.3, INF])
 def test_the_cap_s_bias_is_what_it_cuts_off(cap):
     """E_μ[w] = 1 − E_μ[(π/μ − cap)⁺], summed over all tokens."""
@@ -170,6 +171,7 @@ def test_the_cap_s_bias_is_what_it_cuts_off(cap):
     assert (weights < (policy - sampler).exp() - 1e-12).any() == (cap < INF)
 
 
+@pytest.mark.equation("16.2")
 @pytest.mark.parametrize("cap", [1.2, 2.0, INF])
 def test_a_mask_keeps_the_policy_s_probability_of_what_it_leaves(cap):
     """E_μ[w] = P_π(1/cap <= π/μ <= cap), and no weight between."""

@@ -3,10 +3,6 @@
 import copy
 import hashlib
 import math
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -16,7 +12,7 @@ import torch.nn.functional as F
 from rlhf_lessons import fitting
 from rlhf_lessons.config import GRPOConfig, TrainerConfig
 from rlhf_lessons.data import encode_prompt, encode_response
-from rlhf_lessons.device import autocast, gather_rows, make_accelerator
+from rlhf_lessons.device import autocast
 from rlhf_lessons.generation import sample_responses
 from rlhf_lessons.models import RewardModel
 from rlhf_lessons.scoring import Scorer, as_scorer
@@ -1075,136 +1071,3 @@ def test_from_language_model_to_aligned_policy(make_lm, make_trainer, make_polic
     ).train()
     assert history[0]["kl"] == pytest.approx(0, abs=1e-4), "policy and reference start as one"
     assert history[-1]["score"] > history[0]["score"] + 0.2
-
-
-# --- Several processes ----------------------------------------------------------------------------
-
-
-def small_trainers():
-    """PPO and GRPO with much to go wrong: adaptive β, pieces, an early stop, rows that end at different steps."""
-    from conftest import PROMPTS, count_good, tiny_lm, tiny_policy, tiny_trainer, word_tokenizer
-
-    from rlhf_lessons import forward
-    from rlhf_lessons.config import GRPOConfig
-    from rlhf_lessons.group_trainers import GRPOTrainer
-
-    sizes = dict(batch_size=16, minibatch_size=8, gradient_accumulation_steps=2, ppo_epochs=2, max_new_tokens=6)
-    shared = sizes | dict(target_kl=100.0, learning_rate=1e-3, device="cpu")
-    yield "ppo", tiny_trainer(**shared, normalize_scores=True, adaptive_kl_target=1.0, adaptive_kl_horizon=100)
-    config = GRPOConfig(**shared, samples_per_prompt=4, kl_in="loss", kl_kind="k3")
-    yield "grpo", GRPOTrainer(config, tiny_lm(), tiny_lm(seed=1), count_good, PROMPTS, word_tokenizer())
-    policy, reference = (tiny_policy(head=0.1, vocab_size=80), tiny_lm(seed=1, vocab_size=80))
-    forward.LARGE = 0  # for who steps before asking for the next: the processes do, what they are held against does not
-    yield "large vocabulary", tiny_trainer(policy, reference, **shared, ent_coef=0.1)
-    forward.LARGE = 2**26
-
-
-def outcome(trainer):
-    """Two iterations: what was sampled, what was learnt from, where it led."""
-    history, batches = [], []
-    for _ in range(2):
-        history.append(without_times(trainer.step()))
-        batches.append({name: x for name, x in vars(trainer.batch).items() if isinstance(x, torch.Tensor)})
-    return dict(
-        history=history, batches=batches, parameters=copies(trainer.policy), hash=parameter_hash(trainer.policy)
-    )
-
-
-def evaluation_of_five():
-    """One that 2 and 4 processes cannot share out evenly, in batches of 4 and 1."""
-    from conftest import tiny_trainer
-
-    sizes = dict(batch_size=4, minibatch_size=4, whiten_advantages=False)
-    metrics, rollout = tiny_trainer(eval_prompts=EVAL_PROMPTS[:5], **sizes).evaluate()
-    return metrics, rollout.tokens
-
-
-def one_of_several_processes(folder):
-    """What each process runs."""
-    from conftest import tiny_trainer
-
-    torch.set_num_threads(1)
-    results = {name: outcome(trainer) for name, trainer in small_trainers()}
-    accelerator = make_accelerator("cpu")
-    results["processes"], results["refused"] = accelerator.num_processes, []
-    own = torch.full((2, 3 + accelerator.process_index), accelerator.process_index + 1)  # each process's are longer
-    results["gathered"] = gather_rows(accelerator, own, padding=9)
-    results["evaluated"] = evaluation_of_five()
-    for sizes in (dict(batch_size=15, minibatch_size=5), dict(batch_size=16, samples_per_prompt=16)):
-        try:
-            tiny_trainer(**sizes)
-        except ValueError as error:
-            results["refused"].append(str(error))
-    torch.save(results, f"{folder}/{accelerator.process_index}.pt")
-    accelerator.end_training()
-
-
-def gloo_available():
-    return torch.distributed.is_available() and torch.distributed.is_gloo_available()
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def processes(tmp_path_factory, request):
-    """This file, launched in processes that talk over gloo, as by torchrun: the results of each."""
-    if not gloo_available():
-        pytest.skip("this build of torch has no gloo")
-    folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(request.param)]
-    result = subprocess.run(
-        [*launch, "--master_port", port, __file__, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
-
-
-@pytest.mark.detail(35)
-@pytest.mark.detail(37)
-@pytest.mark.parametrize("method", ["ppo", "grpo", "large vocabulary"])
-def test_a_seed_means_one_run_in_any_number_of_processes(processes, method):
-    """The same tokens, the same credit for them, the same steps: whitening and groups are over the whole batch."""
-    expected = outcome(dict(small_trainers())[method])
-    lengths = expected["batches"][0]["response_mask"].sum(dim=1)
-    assert lengths.unique().numel() > 2, "rows of one length would prove less"
-    for result in processes:
-        assert result["processes"] == len(processes)
-        result = result[method]
-        for got, wanted in zip(result["batches"], expected["batches"], strict=True):
-            assert torch.equal(got["tokens"], wanted["tokens"])
-            for name, x in wanted.items():
-                torch.testing.assert_close(got[name], x, atol=1e-5, rtol=1e-5)
-        for got, wanted in zip(result["history"], expected["history"], strict=True):
-            assert got == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-        assert_all_close(result["parameters"], expected["parameters"], atol=1e-5, rtol=0)
-    assert len({result[method]["hash"] for result in processes}) == 1, "one model"
-
-
-def test_evaluation_prompts_are_shared_out_and_none_counts_twice(processes):
-    metrics, tokens = evaluation_of_five()
-    for got, answers in (result["evaluated"] for result in processes):
-        assert got == pytest.approx(metrics, abs=1e-5) and torch.equal(answers, tokens) and len(tokens) == 5
-
-
-def test_rows_of_all_processes_are_gathered_padded_on_the_right(processes):
-    longest = 2 + len(processes)
-    wanted = [[rank + 1] * (3 + rank) + [9] * (longest - 3 - rank) for rank in range(len(processes)) for _ in range(2)]
-    assert all(result["gathered"].tolist() == wanted for result in processes)
-
-
-def test_sizes_that_cannot_be_shared_out_are_refused(processes):
-    count = len(processes)
-    for result in processes:
-        assert result["refused"] == [
-            f"batch_size must be a multiple of {count}, 1 for each of {count} processes; got 15",
-            f"batch_size must be a multiple of {16 * count}, 16 for each of {count} processes; got 16",
-        ]
-
-
-if __name__ == "__main__":
-    one_of_several_processes(sys.argv[1])

@@ -20,7 +20,7 @@ from rlhf_lessons.app.page import report_page
 from rlhf_lessons.app.resume import STEPS, Stage
 from rlhf_lessons.app.run_folder import RunFolder, draw_run, longest_response, read_metrics, samples_table, summarise
 from rlhf_lessons.config import BestOfNConfig, DPOConfig, SamplingConfig, TrainerConfig
-from rlhf_lessons.device import autocast
+from rlhf_lessons.device import autocast, gathered, sharded, whole
 from rlhf_lessons.display import progress, say
 from rlhf_lessons.fitting import fit_dpo, preference_log_probs
 from rlhf_lessons.generation import Samples, answers, best_of_n
@@ -93,7 +93,7 @@ class History:
         known = {name: getattr(few, f"{name}s") for name in PER_TOKEN if hasattr(few, f"{name}s")}
         known["kl"] = sampled_kl(few.log_probs, few.ref_log_probs, kind="k1")
         if isinstance(few, Credited):
-            with torch.no_grad(), autocast(trainer.device, trainer.config.precision):
+            with torch.no_grad(), gathered(trainer.model), autocast(trainer.device, trainer.config.precision):
                 known["ratio"] = importance_ratio(response_log_probs(trainer.lm, few, trainer.config), few.log_probs)
         of_text = {"score": few.scores, **({"gold": self.gold_of(few)} if self.gold else {}), "ended": few.ended}
         kept = []
@@ -112,30 +112,35 @@ class History:
         end for parts that could not be made; all others are there then.
         """
         trainer, folder, path = self.trainer, self.folder, self.folder.path
-        summary, models = summarise(path, last=last), {"before": trainer.reference, "after": trainer.lm}
+        summary = summarise(path, last=last) if folder.first else {}
+        models = {"before": trainer.reference, "after": trainer.lm}
 
         def write_samples() -> None:
-            samples = before_and_after(models, trainer.tokenizer, trainer.prompts, trainer.scorer, trainer.config,
-                                       gold=self.gold, best_of={"after": n})  # fmt: skip
+            with gathered(trainer.model):
+                samples = before_and_after(models, trainer.tokenizer, trainer.prompts, trainer.scorer, trainer.config,
+                                           gold=self.gold, best_of={"after": n})  # fmt: skip
             folder.write_numbers("samples.json", samples)
             folder.write_text("samples.md", samples_table(samples))
 
         def write_page() -> None:
             folder.write_text("report.html", report_page(path, summary, title=self.title, last=last))
 
-        write_each({
+        parts = {
             "samples.md": write_samples,
             "figures": lambda: draw_run(folder, read_metrics(path), *longest_response(path)),
             "report.html": write_page,
             "summary.json": lambda: folder.write_json("summary.json", summary),  # last: who has it has finished
-        })  # fmt: skip
+        }
+        write_each(parts if folder.first else {"samples.md": write_samples})  # which all processes draw
         return summary
 
     def finish(self, how: str, settings: SamplingConfig, *, last: int) -> Summary:
         """Save the policy with its card, which says how it was trained; then the report."""
         trainer = self.trainer
         card = Card(trainer.lm, trainer.tokenizer, f"{self.title} {how}", asdict(settings))
-        self.folder.save_models("policy", trainer.policy, trainer.tokenizer, card)
+        weights = {"state_dict": whole(trainer.policy.state_dict(keep_vars=True))} if sharded() else {}
+        with gathered(trainer.model):  # the card asks the policy
+            self.folder.save_models("policy", trainer.policy, trainer.tokenizer, card, **weights)
         return self.report(last=last)
 
 
@@ -155,7 +160,7 @@ def optimise(trainer: Trainer, folder: RunFolder, *, method: str = "ppo", gold: 
 
     def on_step(iteration: int, metrics: dict[str, float], batch: Rollout) -> None:
         history.add(iteration, metrics, batch)
-        stage.offer(iteration, trainer.state_dict)
+        stage.offer(iteration, lambda: trainer.state_dict(copied=False))
 
     with stage:
         trainer.train(on_step)

@@ -18,7 +18,9 @@ WHAT = dict(line.split(": ", 1) for line in HELP["options"].splitlines())  # opt
 
 FILE, FOLDER = dict(type=Path, metavar="FILE"), dict(type=Path, metavar="FOLDER")
 MODEL, NUMBER = dict(metavar="MODEL"), dict(type=int, metavar="N")
-CRITICS = ("shared", "separate")
+CRITICS, TRAINED = ("shared", "separate"), ("ppo", "rloo", "grpo", "dpo")
+# Whom a run can be handed over to -> of which methods.
+ENGINES = {"trl": TRAINED, "openrlhf": TRAINED, "verl": TRAINED[:3], "vllm": tuple(METHODS)}
 SOURCES = {  # what is one's own, as argparse takes it
     **dict.fromkeys(("corpus", "preferences", "eval_preferences", "prompts", "eval_prompts"), FILE),
     **dict.fromkeys(("model", "reward_model"), MODEL), "score": dict(metavar="MODULE:FUNCTION"),
@@ -35,7 +37,7 @@ OTHERS = {  # what some commands take, which is no setting of a stage
     "resume": FOLDER,
     "opening_words": dict(default=OPENING_WORDS, **NUMBER),
     "critic": dict(choices=CRITICS),
-    "sampler": dict(choices=("plain", "static"), default="plain"),
+    "sampler": dict(choices=("plain", "static", "vllm"), default="plain"),
     "policy": MODEL,
     "prompt": dict(action="append", metavar="TEXT"),
     "count": dict(default=8, **NUMBER),
@@ -43,6 +45,9 @@ OTHERS = {  # what some commands take, which is no setting of a stage
     "seed": dict(default=0, **NUMBER),
     "runs": dict(nargs="+", **FOLDER),
     "picture": dict(option="out", default=Path("comparison.png"), **FILE),
+    "run": dict(nargs=None, **FOLDER),
+    "to": dict(choices=tuple(ENGINES), required=True),
+    "handed": dict(option="out", **FOLDER),
     "lessons": dict(nargs="?", default=Path("lab"), **FOLDER),
 }
 STAGE = "out preset checkpoint_every "  # what each takes that makes a run's folder
@@ -57,6 +62,7 @@ COMMANDS = {  # how it is typed, what of SOURCES and what of OTHERS it takes
                "chat threads policy prompt count max_new_tokens seed"),
     "summary": ("FOLDER [FOLDER ...]", "", "runs"),
     "compare": ("FOLDER FOLDER [FOLDER ...] [--out FILE]", "", "runs picture"),
+    "hand-over": ("--to NAME FOLDER [--out FOLDER]", "", "run to handed"),
     "progress": ("[FOLDER]", "", "lessons"),
 }  # fmt: skip
 
@@ -195,6 +201,8 @@ def check_given(arguments: argparse.Namespace) -> None:
             raise ValueError(f"give --{typed(name)} with --method {' or '.join(readers)}: {method} does not read it")
     if method == "dpo" and "corpus" in given and "preferences" not in given:
         raise ValueError("give --preferences with --corpus: DPO learns from them, and the tiny world has none")
+    if method == "dpo" and values["sampler"] == "vllm":
+        raise ValueError("give --sampler plain or static with --method dpo: its fit hands an engine no weights")
     if values["command"] == "pretrain":
         given &= {"corpus", "vocab_size"}  # it reads the other sizes without a corpus too
     for names, needed, others, why in READ:

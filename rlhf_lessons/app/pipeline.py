@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from rlhf_lessons import data, models, tiny_reviews
-from rlhf_lessons.app.align import TITLES, align, before_and_after, of_fit
+from rlhf_lessons.app.align import TITLES, TRAINERS, align, before_and_after, of_fit
 from rlhf_lessons.app.cards import Card
 from rlhf_lessons.app.inputs import Inputs, Model, Records, as_chat, load_model, read_alike, warn_of_unknown
 from rlhf_lessons.app.options import USES, critic_of, method_of
 from rlhf_lessons.app.resume import STEPS, Stage, digests
 from rlhf_lessons.app.run_folder import RunFolder
 from rlhf_lessons.config import PPOConfig, Settings, require
+from rlhf_lessons.device import sharded
 from rlhf_lessons.display import fit_progress, say
 from rlhf_lessons.fitting import annotated_preferences, fit_language_model, fit_reward_model
 from rlhf_lessons.forward import context_of
@@ -46,6 +47,10 @@ def describe(inputs: Inputs, settings: Settings, arguments: argparse.Namespace) 
 def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argparse.Namespace) -> dict[str, Any]:
     """`run` and `ppo`: the whole pipeline; a stage whose result is given is left out. Returns the method's summary."""
     config, method, words = settings.method, method_of(arguments), getattr(arguments, "opening_words", 0)
+    require("method", method, method in TRAINERS or not sharded(), f"{', '.join(TRAINERS)} under FSDP")
+    # What a graph has captured it reads where it was.
+    require("sampler", arguments.sampler, arguments.sampler != "static" or not sharded(), "plain under FSDP")
+    sampler = sampler_named(arguments.sampler)  # what is not installed is said now, not after the fits
     room = {"max_new_tokens": config.max_new_tokens}  # that a prompt leaves its response
     prompts = inputs.choose_prompts(opening_words=words, seed=config.seed, **room)
     base, asked, critic = inputs.model, [*prompts, *(inputs.eval_prompts or ())], critic_of(arguments)
@@ -76,7 +81,7 @@ def run(inputs: Inputs, settings: Settings, folder: RunFolder, arguments: argpar
         if settings.model.weights == "bf16":
             score.bfloat16()
         data.encode_prompts(base.tokenizer, asked, context=context_of(score), whose="the reward model", **room)
-    options = dict(sampler=sampler_named(arguments.sampler), eval_prompts=inputs.eval_prompts or ())
+    options = dict(sampler=sampler, eval_prompts=inputs.eval_prompts or ())
     return align(method, config, policy, score, prompts, base.tokenizer, folder=folder, pairs=pairs,
                  gold=inputs.tiny_world, **options)  # fmt: skip
 
@@ -183,6 +188,10 @@ def sampler_named(name: str) -> Callable[..., Any] | None:
     """The sampler that an option names; None for the trainer's own."""
     if name == "plain":
         return None
+    if name == "vllm":
+        from rlhf_lessons.engines.vllm import VLLMSampler
+
+        return VLLMSampler()
     from rlhf_lessons.engines.static import StaticSampler
 
     return StaticSampler()

@@ -14,6 +14,7 @@ from rlhf_lessons.app.inputs import FILES, Inputs
 from rlhf_lessons.app.options import typed
 from rlhf_lessons.app.run_folder import CHECKPOINT, RunFolder, versions
 from rlhf_lessons.checkpoint import Keeper, save_state
+from rlhf_lessons.device import process, told
 from rlhf_lessons.display import say
 
 STEPS = 10  # of a fit, in the time of an iteration
@@ -37,16 +38,20 @@ class Stage(Keeper):
 
     def offer(self, done: int, state: Callable[[], Mapping[str, Any]]) -> None:
         """Keep the state after every so many steps, and where the user asked to stop: raises KeyboardInterrupt then."""
+        self.asked = any(told(self.asked))
         if done % self.every == 0 or self.asked:
-            save_state(self.path, {"stage": self.name, "state": {**state(), **self.beside()}})
+            kept = {"stage": self.name, "state": {**state(), **self.beside()}}  # which processes may have to gather
+            if process()[0] == 0:
+                save_state(self.path, kept)
         if self.asked:
             raise KeyboardInterrupt
 
     def __enter__(self) -> Self:
         def ask(number: int, frame: Any) -> None:
             self.asked = True
-            signal.signal(number, signal.default_int_handler)
-            say("\nstopping after this step; once more, and it stops at once")
+            alone = process()[1] == 1  # of several all stop after one step, and a launcher passes on what each has got
+            signal.signal(number, signal.default_int_handler if alone else signal.SIG_IGN)
+            say("\nstopping after this step" + alone * "; once more, and it stops at once")
 
         # Where another handler is at work, or none, and outside of the main thread, Ctrl-C is not ours.
         in_main = threading.current_thread() is threading.main_thread()
@@ -58,7 +63,7 @@ class Stage(Keeper):
     def __exit__(self, *error: Any) -> None:
         if self.ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.asked and error[0] is None:  # in a step that was not to be kept
+        if error[0] is None and any(told(self.asked)):  # in a step that was not to be kept
             raise KeyboardInterrupt
 
 

@@ -12,6 +12,7 @@
     policy/ reward_model/ base_model/    Hugging Face checkpoints
     checkpoint/      while the run goes on, or was stopped: what it continues from
 
+Of several processes the first alone writes; the others read what it wrote, so the folder is one that all of them see.
 Whole files are written beside their place and then moved there, so that a run that is stopped leaves none half-written.
 Pictures, page and summary are made of the files above them, so that they can be made again.
 """
@@ -32,6 +33,7 @@ from matplotlib import pyplot as plt
 from rlhf_lessons import plots
 from rlhf_lessons.app.options import EVERY
 from rlhf_lessons.checkpoint import written_whole
+from rlhf_lessons.device import process, told
 from rlhf_lessons.models import quiet_transformers
 
 CHECKPOINT = "checkpoint"
@@ -54,8 +56,10 @@ class RunFolder:
 
     def __init__(self, path: str | Path, *, new: bool = True, every: int = EVERY) -> None:
         self.path, self.every, self.follow = Path(path), every, lambda iteration, metrics: None
+        self.state, self.first = self.path / CHECKPOINT / "state.safetensors", process()[0] == 0
+        if not self.first:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
-        self.state = self.path / CHECKPOINT / "state.safetensors"
         held = sorted(item.name for item in self.path.iterdir() if item.name != "config.json")
         if held and new:
             advice = f", whose run --resume {self.path} continues" if CHECKPOINT in held else ""
@@ -90,7 +94,7 @@ class RunFolder:
 
     def whole(self, name: str) -> contextlib.AbstractContextManager[Path]:
         """A place to write a file or a folder to; moved to `name` once all of it is there, else removed."""
-        return written_whole(self.path / name)
+        return written_whole(self.path / name) if self.first else contextlib.nullcontext(Path(os.devnull))
 
     def go_on_after(self, iteration: int) -> None:
         """Take back the lines of what came after an iteration."""
@@ -118,6 +122,7 @@ class RunFolder:
         """config.json: the settings, the command line, the versions and the GPU, if any, that made the run."""
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         made_by = {"command": ["python", "-m", "rlhf_lessons", *command], **versions(), "gpu": gpu}
+        made_by |= {"processes": process()[1]} if process()[1] > 1 else {}
         self.write_json("config.json", settings | {"made_by": made_by})
 
     def append_metrics(self, iteration: int, metrics: dict[str, float]) -> None:
@@ -128,7 +133,7 @@ class RunFolder:
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Add rows to a file of JSON lines, all of them or none, their numbers to six digits."""
         lines = "".join(strict_json(rounded(row)) + "\n" for row in rows)
-        path = self.path / name
+        path = self.path / name if self.first else Path(os.devnull)
         size = path.stat().st_size if path.exists() else 0
         try:
             with open(path, "a", encoding="utf-8") as file:
@@ -140,16 +145,20 @@ class RunFolder:
                 error.filename = str(path)
             raise
 
-    def save_models(self, name: str, *parts: Any) -> Path:
-        """Save models and tokenizers that share a folder (anything with save_pretrained), whole or not at all."""
+    def save_models(self, name: str, model: Any, *others: Any, **options: Any) -> Path:
+        """Save what shares a folder (anything with save_pretrained), whole or not at all; then every process may read.
+
+        options: of the first one's save_pretrained.
+        """
         with self.whole(name) as partial, quiet_transformers():
             try:
-                for part in parts:
-                    part.save_pretrained(partial)
+                for part in (model, *others) if self.first else ():
+                    part.save_pretrained(partial, **(options if part is model else {}))
             except OSError:
                 raise
             except Exception as error:  # of safetensors and tokenizers, which have no OSError for a full disk
                 raise ValueError(f"cannot write {self.path / name}: {error}") from error
+        told(None)
         return self.path / name
 
 

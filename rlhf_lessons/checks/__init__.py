@@ -23,6 +23,7 @@ from rlhf_lessons.checks.lesson_12 import group_advantages, one_scale_for_all
 from rlhf_lessons.checks.lesson_13 import dpo_loss, lost_reference
 from rlhf_lessons.checks.lesson_14 import best_of_n, same_sample_twice
 from rlhf_lessons.checks.lesson_15 import is_right, own_question
+from rlhf_lessons.checks.lesson_16 import stale_engine, truncated_ratio
 
 __all__ = [
     "FAULTS",
@@ -62,6 +63,8 @@ __all__ = [
     "sampled_kl",
     "shaped_rewards",
     "shift_by_one",
+    "stale_engine",
+    "truncated_ratio",
     "two_oddities",
     "value_head",
 ]

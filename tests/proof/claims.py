@@ -140,7 +140,7 @@ def write_page(topics: dict[str, tuple[str, list[Claim]]]) -> None:
 
 TOPICS = [
     "Preferences", "Bias", "Variance", "Spine", "PPO", "KL", "Whole trainer", "Leash", "Groups", "Group objective",
-    "Offline", "Best-of-n as a policy", "Checkable rewards", "Golden step", "Peers", "Engines",
+    "Offline", "Best-of-n as a policy", "Checkable rewards", "Another sampler", "Golden step", "Peers", "Engines",
 ]  # fmt: skip
 
 
