@@ -424,13 +424,10 @@ class Trainer:
         reads it. copied: False for who writes it at once, and so needs no memory for a second policy and its moments.
         """
         state = {
-            "iteration": self.iteration,
-            "policy": whole(learnt(self.policy)),
-            "optimizer": whole(self.optimizer.state_dict()),
-            "scheduler": self.scheduler.state_dict(),
-            "kl_coef": self.kl_controller.coef,
-            "generator": self.generator.get_state(),
-        }
+            "iteration": self.iteration, "policy": whole(learnt(self.policy)),
+            "optimizer": whole(self.optimizer.state_dict()), "scheduler": self.scheduler.state_dict(),
+            "kl_coef": self.kl_controller.coef, "generator": self.generator.get_state(),
+        }  # fmt: skip
         return copy.deepcopy(state) if copied else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
