@@ -317,7 +317,8 @@ PRESETS = {  # what differs from the defaults
 def make_settings(method: str = "ppo", given: Mapping[str, Any] = MappingProxyType({})) -> Settings:
     """The settings of a run by one of METHODS: those in `given` by their names, all others default."""
     kinds = {"pretrain": PretrainConfig, "reward": RewardConfig, "model": ModelConfig, "method": METHODS[method]}
-    return Settings(**{
-        section: kind(**{item.name: given[item.name] for item in fields(kind) if item.name in given})
-        for section, kind in kinds.items()
-    })  # fmt: skip
+
+    def made(kind: type) -> Any:
+        return kind(**{item.name: given[item.name] for item in fields(kind) if item.name in given})
+
+    return Settings(**{section: made(kind) for section, kind in kinds.items()})
