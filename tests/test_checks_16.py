@@ -16,7 +16,8 @@ CHECKS: dict[str, Check] = {name: getattr(checks, name) for name in ("truncated_
 
 
 def loop_truncated_ratio(log_probs, sampler_log_probs, mask, *, cap, level):
-    weights = torch.ones_like(log_probs).detach()
+    log_probs = log_probs.detach()
+    weights = torch.ones_like(log_probs)
     for row in range(len(mask)):
         real = int(mask[row].sum())
         total = 0.0
