@@ -35,7 +35,7 @@ Summary = dict[str, Any]  # a run's numbers before and after
 TRAINERS = {"ppo": PPOTrainer, "rloo": RLOOTrainer, "grpo": GRPOTrainer}
 TITLES = {"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO", "best-of-n": "best-of-n"}
 NUM_SHOWN = 8  # responses read side by side
-PER_TOKEN = ("log_prob", "ref_log_prob", "value", "advantage", "reward")  # what a batch may hold, each with an s
+PER_TOKEN = ("value", "advantage", "reward")  # what a batch may hold, each with an s
 NUM_KEPT = 3  # responses of a batch that are kept token by token, beside its longest
 NUM_LOOKS = 50  # iterations of a run of which they are kept, or about as many
 NUM_READ = 256  # pairs that DPO is measured on at each look
@@ -90,8 +90,9 @@ class History:
         """
         trainer, longest = self.trainer, int((batch.response_mask.sum(dim=1) * batch.ended).argmax())
         few = batch.rows(torch.tensor(list(dict.fromkeys([*range(min(NUM_KEPT, len(batch))), longest]))))
-        known = {name: getattr(few, f"{name}s") for name in PER_TOKEN if hasattr(few, f"{name}s")}
+        known = {"log_prob": few.log_probs, "ref_log_prob": few.ref_log_probs}
         known["kl"] = sampled_kl(few.log_probs, few.ref_log_probs, kind="k1")
+        known |= {name: getattr(few, f"{name}s") for name in PER_TOKEN if hasattr(few, f"{name}s")}
         if isinstance(few, Credited):
             with torch.no_grad(), gathered(trainer.model), autocast(trainer.device, trainer.config.precision):
                 known["ratio"] = importance_ratio(response_log_probs(trainer.lm, few, trainer.config), few.log_probs)
