@@ -45,7 +45,6 @@ mutants: $(READY)       ## plant one mistake at a time and see the tests fail
 bench: $(READY)         ## speed and memory
 	$(PY) tests/bench $(ARGS)
 
-# With VLLM_PYTHON naming the Python of an environment that has vLLM, that samples too.
 engines: $(READY)       ## the lessons' claims, and a run handed over, put to verl, OpenRLHF and TRL, installed beside in build/engines
 	$(PY) -m pip install -q --target build/engines --no-deps --upgrade -r tests/engines.txt
 	PYTHONPATH=build/engines $(PY) -m pytest tests/proof/test_engines.py tests/test_handed_over.py -q
@@ -56,6 +55,7 @@ VLLM := build/vllm
 vllm: export PIP_EXTRA_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 vllm: $(READY) $(VLLM)/.ready  ## vLLM as a sampler, in build/vllm: its tests, then an alignment that it draws the responses for
 	$(VLLM)/bin/python -m pytest tests/test_vllm.py -q
+	VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(VLLM)/bin/python -m pytest tests/test_handed_over.py -q -k vllm
 	$(VLLM)/bin/python -m rlhf_lessons run --sampler vllm $(ARGS)
 
 $(VLLM)/.ready: tests/vllm.txt

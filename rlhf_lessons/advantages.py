@@ -21,16 +21,15 @@ def continues(mask: Tensor, terminated: Tensor | None) -> Tensor:
 
 def next_values(values: Tensor, mask: Tensor, terminated: Tensor | None, bootstrap_value: Tensor | None) -> Tensor:
     """V(s_{t+1}) as it enters the TD residual: 0 after an end, the bootstrap after a cut. (B, T) -> (B, T)."""
-    following = F.pad(values[:, 1:], (0, 1))
+    following = torch.where(continues(mask, terminated), F.pad(values[:, 1:], (0, 1)), 0)
     if bootstrap_value is None:
-        return torch.where(continues(mask, terminated), following, 0)
+        return following
     if bootstrap_value.shape != values.shape[:1]:
         batch = tuple(values.shape[:1])
         raise ValueError(f"bootstrap_value must be (B,) = {batch}; got {tuple(bootstrap_value.shape)}")
     real_from_here = mask.long().flip(-1).cumsum(dim=-1).flip(-1)
     is_last = mask & (real_from_here == 1)
     bootstrapped = is_last if terminated is None else is_last & ~terminated
-    following = torch.where(continues(mask, terminated), following, 0)
     return torch.where(bootstrapped, bootstrap_value[:, None], following)
 
 

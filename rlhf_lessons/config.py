@@ -307,18 +307,18 @@ class Settings:
 
 PRESETS = {  # what differs from the defaults
     "tiny": {},
-    "small": dict(
-        layers=12, width=768, heads=12, context=128, vocab_size=8000, lm_epochs=6.0, lm_batch_size=64,
-        lm_learning_rate=6e-4, reward_batch_size=64, reward_learning_rate=5e-5, batch_size=512, minibatch_size=128,
-        max_new_tokens=48, learning_rate=2e-5, dpo_batch_size=64, dpo_learning_rate=5e-6, precision="bf16",
-    ),
+    "small": dict(layers=12, width=768, heads=12, context=128, vocab_size=8000, lm_epochs=6.0, lm_batch_size=64,
+                  lm_learning_rate=6e-4, reward_batch_size=64, reward_learning_rate=5e-5, batch_size=512,
+                  minibatch_size=128, max_new_tokens=48, learning_rate=2e-5, dpo_batch_size=64,
+                  dpo_learning_rate=5e-6, precision="bf16"),
 }  # fmt: skip
 
 
 def make_settings(method: str = "ppo", given: Mapping[str, Any] = MappingProxyType({})) -> Settings:
     """The settings of a run by one of METHODS: those in `given` by their names, all others default."""
     kinds = {"pretrain": PretrainConfig, "reward": RewardConfig, "model": ModelConfig, "method": METHODS[method]}
-    return Settings(**{
-        section: kind(**{item.name: given[item.name] for item in fields(kind) if item.name in given})
-        for section, kind in kinds.items()
-    })  # fmt: skip
+
+    def made(kind: type) -> Any:
+        return kind(**{item.name: given[item.name] for item in fields(kind) if item.name in given})
+
+    return Settings(**{section: made(kind) for section, kind in kinds.items()})

@@ -57,8 +57,7 @@ def read_preferences(path: str | Path) -> list[Record]:
     Without a prompt the two are whole conversations, and the prompt is what they share up to their last turn. Other
     fields are ignored; in what is returned, `chosen` and `rejected` are texts.
     """
-    records = [json_record(path, number, line, PREFERENCE_FIELDS[1:]) for number, line in read_lines(path)]
-    return [preference(record) for record in records]
+    return [preference(json_record(path, number, line, PREFERENCE_FIELDS[1:])) for number, line in read_lines(path)]
 
 
 def read_prompts(path: str | Path) -> list[Record]:

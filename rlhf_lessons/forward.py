@@ -17,10 +17,8 @@ from torch import Tensor, nn
 
 from rlhf_lessons.masking import position_ids
 
-CONTEXT_NAMES = (
-    "max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len", "max_seq_length",
-    "max_sequence_length", "max_target_positions", "context_length",
-)  # fmt: skip
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len", "max_seq_length",
+                 "max_sequence_length", "max_target_positions", "context_length")  # fmt: skip
 
 LARGE = 2**26  # logits, of which a loss keeps five copies: more than a GB, worth computing them twice
 

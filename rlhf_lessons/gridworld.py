@@ -77,9 +77,9 @@ class GridWorld:
     to where it wanted to go, each side equally often. The reward of a step is `step_reward`, plus
     `goal_reward` or `pit_reward` when it enters that cell. A terminal state leads to itself for 0.
 
-    Attributes: transition P(s'|s,a) (S, A, S), rewards r(s,a,s') (S, A, S), start (S,), terminal
-    (S,) bool, gamma, actions (names), moves (A, 2) and coordinates (S, 2) as (row, column), walls
-    (rows, columns) bool, text.
+    Attributes: num_states S, num_actions A, transition P(s'|s,a) (S, A, S), rewards r(s,a,s')
+    (S, A, S), start (S,), terminal (S,) bool, gamma, actions (names), moves (A, 2) and coordinates
+    (S, 2) as (row, column), walls (rows, columns) bool, text.
     Raises: ValueError on a ragged or unknown map, no start or goal, or a number out of range.
     """
 
@@ -93,6 +93,7 @@ class GridWorld:
         lines = text.splitlines()
         cells = [(r, c) for r, line in enumerate(lines) for c, x in enumerate(line) if x != "#"]
         symbols = [lines[r][c] for r, c in cells]
+        self.num_states, self.num_actions = len(cells), len(self.actions)
         self.coordinates = torch.tensor(cells)
         self.moves = torch.tensor([MOVES[action] for action in actions])
         self.walls = torch.tensor([[x == "#" for x in line] for line in lines])
@@ -114,14 +115,6 @@ class GridWorld:
 
     def __repr__(self) -> str:
         return f"GridWorld(gamma={self.gamma})\n{self.text}"
-
-    @property
-    def num_states(self) -> int:
-        return len(self.start)
-
-    @property
-    def num_actions(self) -> int:
-        return len(self.actions)
 
     def uniform_policy(self) -> Tensor:
         """Every action equally likely, (S, A)."""

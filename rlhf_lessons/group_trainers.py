@@ -89,10 +89,8 @@ def penalised(rollout: Rollout, *, kind: str, kl_coef: float) -> Tensor:
 def equal_scores(rollout: Rollout) -> Tensor:
     """True for the responses whose whole group scored the same: (B,)."""
     groups, index = rollout.group.unique(return_inverse=True)
-    low, high = (
-        rollout.scores.new_zeros(len(groups)).scatter_reduce(0, index, rollout.scores, kind, include_self=False)
-        for kind in ("amin", "amax")
-    )
+    empty, ends = rollout.scores.new_zeros(len(groups)), ("amin", "amax")
+    low, high = (empty.scatter_reduce(0, index, rollout.scores, end, include_self=False) for end in ends)
     return (low == high)[index]
 
 

@@ -166,15 +166,10 @@ class RewardModel(nn.Module):
             raise ValueError(f"classifier must have one label; got {classifier.config.num_labels}")
         if classifier.config.pad_token_id is None:
             raise ValueError("classifier.config.pad_token_id must be set: the score is read at the last non-pad token")
-        self.classifier = classifier
+        self.classifier, self.config = classifier, classifier.config
         for name, default in (("reward_mean", 0.0), ("reward_std", 1.0)):
             if not hasattr(classifier.config, name):
                 setattr(classifier.config, name, default)
-
-    @property
-    def config(self) -> "PretrainedConfig":
-        """The classifier's configuration."""
-        return self.classifier.config
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (B,) of texts (B, L), padded on either side."""

@@ -52,12 +52,9 @@ class RolloutBatch(Credited):
 
 def describe(rollout: Rollout) -> dict[str, Tensor]:
     """What a batch has come to: mean score, KL from the reference per response, length, share that ended."""
-    return {
-        "score": rollout.scores.mean(),
-        "kl": sampled_kl(rollout.log_probs, rollout.ref_log_probs, kind="k1").sum(dim=1).mean(),
-        "response_length": rollout.response_mask.sum(dim=1).float().mean(),
-        "ended": rollout.ended.float().mean(),
-    }
+    nats = sampled_kl(rollout.log_probs, rollout.ref_log_probs, kind="k1").sum(dim=1)
+    length, ended = rollout.response_mask.sum(dim=1).float(), rollout.ended.float()
+    return {"score": rollout.scores.mean(), "kl": nats.mean(), "response_length": length.mean(), "ended": ended.mean()}
 
 
 def sampler_error(rollout: Rollout) -> Tensor:

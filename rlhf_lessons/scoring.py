@@ -142,10 +142,8 @@ def score_texts(
     if not prompts:
         raise ValueError("prompts must hold at least one prompt; got none")
     ends = [True] * len(prompts) if ended is None else ended
-    rows = [
-        encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response, ended=end, sampled=sampled)
-        for prompt, response, end in zip(prompts, responses, ends, strict=True)
-    ]
+    rows = [encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response, ended=end, sampled=sampled)
+            for prompt, response, end in zip(prompts, responses, ends, strict=True)]  # fmt: skip
     return score_ids(reward_model, rows, pad_id=tokenizer.pad_token_id, batch_size=batch_size)
 
 

@@ -64,8 +64,7 @@ GRAMMAR = {
     "START": {  # the bar ends the prompt
         "the THING | DID": 2, "the THING was | CLAIM": 3, "the THINGS were | QUALITY": 2,
         "i thought the THING | DID": 2, "i thought the THING was | CLAIM": 2, "in my opinion the THINGS | DO": 1,
-        "overall the THINGS | DO": 1, "honestly i | OPINED": 1, "to be honest i | OPINED": 1,
-    },
+        "overall the THINGS | DO": 1, "honestly i | OPINED": 1, "to be honest i | OPINED": 1},
     "SAME": {"and CLAUSE": 3, ", CLAUSE": 1, ", and CLAUSE": 1, "while CLAUSE": 1},
     "TURN": {"but CLAUSE": 3, ", but CLAUSE": 1, ", yet CLAUSE": 1, "though CLAUSE": 1},
     "END": {".": 5, "!": 1},
@@ -241,8 +240,7 @@ def gold_terms(prompt: str, response: str) -> GoldTerms:
     violations = sum(pair not in ALLOWED_PAIRS for pair in pairs[len(before) :])
     words = _repeats(content, sum(word in CONTENT_WORDS for word in before))
     repeated_pairs = _repeats(pairs, len(before))
-    cost = VIOLATION_COST * violations
-    cost += REPEATED_WORD_COST * words + REPEATED_PAIR_COST * repeated_pairs
+    cost = VIOLATION_COST * violations + REPEATED_WORD_COST * words + REPEATED_PAIR_COST * repeated_pairs
     return GoldTerms(sentiment, violations, words, repeated_pairs, sentiment - cost)
 
 
@@ -344,9 +342,8 @@ def build_tokenizer(words: Sequence[str] = WORDS) -> "PreTrainedTokenizerFast":
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
-    )
+    begin = [("<bos>", vocabulary["<bos>"])]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=begin)
     special = {f"{token[1:-1]}_token": token for token in SPECIAL_TOKENS}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False, **special

@@ -128,11 +128,8 @@ class Trainer:
         self.scheduler = scheduler or self.default_scheduler(optimizer)
         self.model, self.optimizer = self.accelerator.prepare(without_dropout(policy).train(), optimizer)
         self.policy = self.accelerator.unwrap_model(self.model)
-        self.kl_controller = (
-            FixedKL(config.kl_coef)
-            if config.adaptive_kl_target is None
-            else AdaptiveKL(config.kl_coef, config.adaptive_kl_target, config.adaptive_kl_horizon)
-        )
+        beta, target = config.kl_coef, config.adaptive_kl_target
+        self.kl_controller = AdaptiveKL(beta, target, config.adaptive_kl_horizon) if target else FixedKL(beta)
         # The same in every process: each draws for the whole batch and takes its rows, so a seed means one batch.
         self.generator = torch.Generator().manual_seed(config.seed)
         self.sampler = sampler or sample_responses
@@ -158,11 +155,8 @@ class Trainer:
     def default_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """Up to `learning_rate` in `warmup_iterations` even steps, then `lr_schedule`: to 0 by the end, or level."""
         warm, total = self.config.warmup_iterations, self.config.num_iterations
-        falls = {
-            "linear": lambda x: 1 - x,
-            "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
-            "constant": lambda x: 1,
-        }
+        falls = {"linear": lambda x: 1 - x, "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+                 "constant": lambda x: 1}  # fmt: skip
 
         def height(done: int) -> float:
             after = falls[self.config.lr_schedule]
@@ -246,10 +240,9 @@ class Trainer:
         with gathered(self.model), autocast(self.device, self.config.precision):
             batch = self.corrected(self.credit(self.collect()))
         rows, real = (len(batch), -1), batch.response_mask
-        check_finite(
-            {name: torch.where(real, getattr(batch, name).view(rows), 0).abs().amax()  # NaN counts as the largest
-             for name in FACTS if hasattr(batch, name)}, f"iteration {self.iteration + 1}",
-        )  # fmt: skip
+        largest = {name: torch.where(real, getattr(batch, name).view(rows), 0).abs().amax()  # NaN counts as that
+                   for name in FACTS if hasattr(batch, name)}  # fmt: skip
+        check_finite(largest, f"iteration {self.iteration + 1}")
         return batch
 
     def collect(self) -> Rollout:
@@ -276,11 +269,10 @@ class Trainer:
             config=config, sample=self.sampler, group=group[own].to(self.device), records=records[own],
             eos_id=eos_ids(self.lm, self.tokenizer), pad_id=pad_id, generator=generator, uniforms=uniforms[own],
         )  # fmt: skip
-        gathered = {
-            name: gather_rows(self.accelerator, x, padding=pad_id if name == "tokens" else 0)
-            for name, x in vars(rollout).items() if isinstance(x, Tensor)
-        }  # fmt: skip
-        return replace(rollout, **gathered, records=records)
+        tensors = {name: x for name, x in vars(rollout).items() if isinstance(x, Tensor)}
+        padding = dict.fromkeys(tensors, 0) | {"tokens": pad_id}
+        every = {name: gather_rows(self.accelerator, x, padding=padding[name]) for name, x in tensors.items()}
+        return replace(rollout, **every, records=records)
 
     def own(self, batch: Credited) -> Credited:
         """The rows of a batch, or a minibatch, that this process computes."""
@@ -418,11 +410,8 @@ class Trainer:
             of = updates.reports[: updates.steps or 1] if name == "grad_norm" else updates.reports
             measured[name] = torch.stack([report[name] for report in of]).mean()
         values = torch.stack([value.detach().float() for value in measured.values()]).tolist()
-        return dict(zip(measured, values, strict=True)) | {
-            "kl_coef": self.kl_controller.coef,
-            "learning_rate": self.learning_rate,
-            "optimizer_steps": updates.steps,
-        }
+        today = {"kl_coef": self.kl_controller.coef, "learning_rate": self.learning_rate}
+        return dict(zip(measured, values, strict=True)) | today | {"optimizer_steps": updates.steps}
 
     def texts(self, batch: Rollout) -> tuple[list[str], list[str]]:
         """A batch's prompts and responses as text: begin token and final EOS stripped, any other token shown."""
@@ -435,13 +424,10 @@ class Trainer:
         reads it. copied: False for who writes it at once, and so needs no memory for a second policy and its moments.
         """
         state = {
-            "iteration": self.iteration,
-            "policy": whole(learnt(self.policy)),
-            "optimizer": whole(self.optimizer.state_dict()),
-            "scheduler": self.scheduler.state_dict(),
-            "kl_coef": self.kl_controller.coef,
-            "generator": self.generator.get_state(),
-        }
+            "iteration": self.iteration, "policy": whole(learnt(self.policy)),
+            "optimizer": whole(self.optimizer.state_dict()), "scheduler": self.scheduler.state_dict(),
+            "kl_coef": self.kl_controller.coef, "generator": self.generator.get_state(),
+        }  # fmt: skip
         return copy.deepcopy(state) if copied else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -484,10 +470,8 @@ class PPOTrainer(Trainer):
 
     def measures(self, batch: RolloutBatch) -> dict[str, Tensor]:
         """The shaped reward of a response, and how much of the returns' variance the critic explains."""
-        return {
-            "reward": batch.rewards.sum(dim=1).mean(),
-            "explained_variance": explained_variance(batch.values, batch.returns, batch.response_mask),
-        }
+        explained = explained_variance(batch.values, batch.returns, batch.response_mask)
+        return {"reward": batch.rewards.sum(dim=1).mean(), "explained_variance": explained}
 
 
 def detached(report: Report) -> Report:

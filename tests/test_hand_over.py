@@ -31,6 +31,7 @@ from rlhf_lessons.scoring import ModelScorer, TextScorer, missing_eos_scores
 FAST = "--num-iterations 2 --batch-size 8 --minibatch-size 4 --ppo-epochs 3 --max-new-tokens 4 --device cpu".split()
 GROUPS = "--samples-per-prompt 2 --gradient-accumulation-steps 2 --warmup-iterations 1".split()
 GROUPS += "--clip-eps-high 0.3 --temperature 0.9".split()
+MASKED = "--sampler-correction mask --sampler-correction-level sequence --sampler-cap 4".split()
 PAIRS = [
     {"prompt": "film", "chosen": "good .", "rejected": "bad bad ."},
     {"prompt": "", "chosen": "good", "rejected": "."},
@@ -83,9 +84,9 @@ def world(tmp_path_factory, make_lm, make_reward_model, make_tokenizer):
         runs = {
             "ppo": [*given, *FAST, "--critic", "separate", "--missing-eos-penalty", "0.5"],
             "spelled": [*letters, *FAST, "--missing-eos-mode", "replace"],
-            "marks": [*marks, *FAST, "--method", "grpo", *GROUPS, "--kl-in", "loss", "--kl-kind", "k3"],
+            "marks": [*marks, *FAST, "--method", "grpo", *GROUPS, "--kl-in", "loss", "--kl-kind", "k3", *MASKED],
             "foreign": [*letters[:-1], "reward", *FAST],
-            "rloo": [*given, *FAST, "--method", "rloo", *GROUPS],
+            "rloo": [*given, *FAST, "--method", "rloo", *GROUPS, "--sampler-correction", "none"],
             "dpo": [*learnt, *"--method dpo --dpo-batch-size 4 --num-iterations 2 --batch-size 8".split()],
             "best": [*given, *"--method best-of-n --n 4 --batch-size 4 --max-new-tokens 4 --device cpu".split()],
         }  # fmt: skip
@@ -347,6 +348,8 @@ def test_trls_command_has_the_runs_settings(handed, tmp_path):
         num_iterations="3", max_steps="12", warmup_steps="6", max_completion_length="4", temperature="0.9",
         learning_rate="0.001", beta="0.05", epsilon="0.2", epsilon_high="0.3", loss_type="dapo", scale_rewards="group",
         lr_scheduler_type="linear", bf16="False", reward_funcs="reward.reward", seed="0", weight_decay="0.0",
+        vllm_importance_sampling_mode="sequence_mask", vllm_importance_sampling_clip_max="4.0",
+        vllm_importance_sampling_clip_min="0.25", use_bias_correction_kl="False", entropy_coef="0.0",
     )  # fmt: skip
     found = options_of(words[2:])
     assert {name: found.get(name) for name in expected} == expected
@@ -371,6 +374,8 @@ def test_openrlhfs_command_has_the_runs_settings(handed, tmp_path):
         "actor.eps_clip_low_high": "0.2 0.2", "critic.value_clip": "0.2", "actor.adam.lr": "0.001",
         "actor.lr_scheduler": "linear", "critic.model_name_or_path": str(folder / "critic"),
         "reward.remote_url": str(folder / "reward.py"), "reward.clip_range": "-1000000 1000000",
+        "algo.advantage.is_correction_level": "token", "algo.advantage.is_correction_mode": "clip",
+        "algo.advantage.is_correction_threshold": "0 2.0",
     }  # fmt: skip
     found = options_of(words)
     assert {name: found.get(name) for name in expected} == expected
@@ -378,6 +383,9 @@ def test_openrlhfs_command_has_the_runs_settings(handed, tmp_path):
     assert found["algo.kl.use_loss"] == "" and found["algo.kl.estimator"] == "k3"
     assert (found["algo.advantage.estimator"], found["rollout.batch_size"]) == ("group_norm", "4")
     assert "critic.model_name_or_path" not in found and found["actor.lr_warmup_ratio"] == "0.5"
+    assert found["algo.advantage.is_correction_threshold"] == "0.25 4.0"
+    found = options_of(typed(handed("rloo", "openrlhf"), "run.sh", tmp_path=tmp_path))
+    assert found["algo.advantage.is_correction_level"] == "off"
     assert typed(handed("dpo", "openrlhf"), "run.sh", tmp_path=tmp_path)[2] == "openrlhf.cli.train_dpo"
 
 
@@ -401,7 +409,10 @@ def test_verls_command_has_the_runs_settings(handed, tmp_path):
     assert "algorithm.use_kl_in_reward" not in found and found[f"{actor}.use_kl_loss"] == "True"
     assert (found[f"{actor}.kl_loss_type"], found[f"{actor}.kl_loss_coef"]) == ("k3", "0.05")
     assert (found["actor_rollout_ref.rollout.n"], found[f"{actor}.ppo_mini_batch_size"]) == ("2", "2")
+    corrected = "algorithm.rollout_correction.rollout_is"
+    assert (found[corrected], found[f"{corrected}_threshold"]) == ("sequence", "'0.25_4.0'")
     found = options_of(typed(handed("rloo", "verl"), "run.sh", tmp_path=tmp_path)[3:])
+    assert found[corrected] == "null"
     assert found["algorithm.adv_estimator"] == "rloo" and found["algorithm.use_kl_in_reward"] == "True"
 
 

@@ -1,6 +1,7 @@
 """A folder that was handed over, read by TRL, verl, OpenRLHF and vLLM themselves; skipped where one is not installed.
 
-`make engines` installs the first three without all that they need for training on many GPUs, and runs this.
+`make engines` installs the first three without all that they need for training on many GPUs, and runs this; `make vllm`
+runs the last part.
 """
 
 # ruff: noqa: F811  fixtures by their names
@@ -22,6 +23,7 @@ from test_hand_over import handed, rows_of, sampled, typed, world  # noqa: F401
 from rlhf_lessons import __main__ as commands
 from rlhf_lessons import data
 from rlhf_lessons.app.hand_over import hand_over
+from rlhf_lessons.importance import masked_ratio, truncated_ratio
 from rlhf_lessons.models import (
     CausalLMWithValueHead,
     bar_unused_ids,
@@ -114,6 +116,18 @@ def test_verl_takes_the_command(run, handed, tmp_path):
         assert (critic.cliprange_value, critic.optim.lr, critic.ppo_micro_batch_size_per_gpu) == (0.2, 1e-3, 4)
     algorithm = made(config.algorithm)
     assert algorithm.adv_estimator == {"ppo": "gae", "marks": "grpo", "rloo": "rloo"}[run]
+    correction = {name: algorithm.rollout_correction[name] for name in ("rollout_is", "rollout_is_threshold")}
+    expected = {"ppo": ("token", 2.0), "marks": ("sequence", "0.25_4.0"), "rloo": (None, 2.0)}[run]
+    assert tuple(correction.values()) == expected
+    if run != "rloo":
+        helper = importlib.import_module("verl.trainer.ppo.rollout_corr_helper")
+        ours, (level, _) = {"ppo": truncated_ratio, "marks": masked_ratio}[run], expected
+        log_ratio = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+        mask = torch.arange(5) < torch.tensor([5, 4, 3, 2, 1, 5])[:, None]
+        found, _ = helper.compute_rollout_correction_weights(log_ratio, mask.float(), **correction)
+        weights = ours(log_ratio, torch.zeros(6, 5), mask, cap=2.0 if run == "ppo" else 4.0, level=level)
+        torch.testing.assert_close(found[mask], weights[mask])
+        assert 0 < (weights[mask] == log_ratio.exp()[mask]).sum() < mask.sum() or level == "sequence"
     assert algorithm.use_kl_in_reward == (run != "marks") and actor.use_kl_loss == (run == "marks")
 
 
@@ -239,6 +253,8 @@ def parsed(words, openrlhf):
 def test_openrlhf_takes_the_command(run, openrlhf, handed, tmp_path):
     found = parsed(typed(handed(run, "openrlhf"), "run.sh", tmp_path=tmp_path), openrlhf)
     assert found.algo.advantage.estimator == {"ppo": "gae", "marks": "group_norm", "rloo": "rloo"}[run]
+    bounds = {"ppo": [0.0, 2.0], "marks": [0.25, 4.0]}.get(run)
+    assert found.algo.advantage.is_correction_threshold == bounds or run == "rloo"
     assert found.reward.clip_range == [-1e6, 1e6] and len(found.reward.remote_url) == 1
     assert (found.critic.model_name_or_path is None) == (run != "ppo")
     assert found.actor.adam.lr == 1e-3 and found.train.batch_size == 4 and found.algo.kl.use_loss == (run == "marks")

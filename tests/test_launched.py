@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def command(count, *words, **options):
-    return launched(count, "-m", "rlhf_lessons", *words, **options)
+    return launched(count, "-m", "--", "rlhf_lessons", *words, **options)  # or it takes `--n` for an option of its own
 
 
 def contents(folder):

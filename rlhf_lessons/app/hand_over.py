@@ -231,7 +231,7 @@ def write_texts(folder: Path, to: str, run: Finished, said: dict[str, Any]) -> N
     facts |= asdict(own.model) | asdict(own.reward) | asdict(DPOConfig()) | asdict(own.method)
     facts |= {name: of.get(facts[name], facts[name]) for name, of in json.loads(texts["words.json"]).items()} | said
     facts["high"] = facts["clip_eps_high"] or facts["clip_eps"]
-    facts["warmup"] = facts["warmup_iterations"] / facts["num_iterations"]
+    facts["warmup"], facts["floor"] = facts["warmup_iterations"] / facts["num_iterations"], 1 / facts["sampler_cap"]
     facts |= {"method": run.method, "source": run.policy.name, "context": context_of(run.policy.network)}
     facts["flags"] = texts.get(f"{run.method}.flags", "").strip().format(**facts)
     names = {"run.sh": texts.get(f"{run.method}.sh") or texts["run.sh"]}

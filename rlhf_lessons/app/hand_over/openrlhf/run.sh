@@ -3,6 +3,7 @@
 cd "$(dirname "$0")" || exit
 BATCH={batch_size} MINIBATCH={minibatch_size} PIECES={gradient_accumulation_steps}
 ITERATIONS={num_iterations} EPOCHS={ppo_epochs} GROUP={samples_per_prompt} PROMPTS={prompts}
+CAP={sampler_cap} FLOOR={floor}
 exec python3 -m openrlhf.cli.train_ppo_ray {flags} \
   --actor.model_name_or_path "$PWD/policy" --ckpt.output_dir "$PWD/trained" \
   --reward.remote_url "$PWD/reward.py" --reward.clip_range -1000000 1000000 \
@@ -17,6 +18,7 @@ exec python3 -m openrlhf.cli.train_ppo_ray {flags} \
   --actor.lr_scheduler {lr_schedule} --actor.lr_warmup_ratio {warmup} --actor.max_norm {max_grad_norm} \
   --actor.eps_clip_low_high {clip_eps} {high} --actor.entropy_coef {ent_coef} \
   --actor.policy_loss_type {ratio_level} --actor.loss_agg_mode {loss_over} \
+  --algo.advantage.is_correction_level {sampler_correction} \
   --algo.kl.init_coef {kl_coef} --algo.kl.estimator {kl_kind}{kl_in} \
   --actor.num_gpus_per_node 1 --ref.num_gpus_per_node 1 --critic.num_gpus_per_node 1 \
   --vllm.num_engines 1 --vllm.gpu_memory_utilization 0.4 \

@@ -3,6 +3,7 @@
 cd "$(dirname "$0")" || exit
 BATCH={batch_size} MINIBATCH={minibatch_size} PIECES={gradient_accumulation_steps}
 ITERATIONS={num_iterations} EPOCHS={ppo_epochs} WARMUP={warmup_iterations}
+LEVEL={sampler_correction_level} CAP={sampler_cap} FLOOR={floor}
 exec trl {flags} \
   --model_name_or_path policy --dataset_name prompts --reward_funcs reward.reward --output_dir trained \
   --per_device_train_batch_size $((MINIBATCH / PIECES)) --gradient_accumulation_steps $PIECES \

@@ -4,9 +4,11 @@ cd "$(dirname "$0")" || exit
 BATCH={batch_size} MINIBATCH={minibatch_size} PIECES={gradient_accumulation_steps}
 ITERATIONS={num_iterations} EPOCHS={ppo_epochs} GROUP={samples_per_prompt} PROMPTS={prompts}
 MICRO=$((MINIBATCH / PIECES))
+LEVEL={sampler_correction_level} CAP={sampler_cap} FLOOR={floor}
 exec python3 -m verl.trainer.main_ppo {flags} \
   data.train_files="$PWD/prompts.jsonl" data.val_files="$PWD/prompts.jsonl" data.train_batch_size=$((BATCH / GROUP)) \
   data.max_prompt_length={longest_prompt} data.max_response_length={max_new_tokens} data.seed={seed} \
+  algorithm.rollout_correction.rollout_is={sampler_correction} \
   reward.custom_reward_function.path="$PWD/reward.py" reward.custom_reward_function.name=compute_score \
   actor_rollout_ref.model.path="$PWD/policy" actor_rollout_ref.model.use_remove_padding=False \
   actor_rollout_ref.model.enable_gradient_checkpointing={gradient_checkpointing} \
