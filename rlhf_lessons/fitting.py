@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,12 +105,13 @@ def language_model_loss(lm: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
 
 def fit_language_model(
     lm: nn.Module, texts: Sequence[str], tokenizer: Tokenizer, *, epochs: float, batch_size: int = 64,
-    learning_rate: float = 3e-3, max_length: int | None = None, device: str = "auto", **options: Any,
+    learning_rate: float = 3e-3, max_length: int | None = None, seed: int = 0, device: str = "auto",
+    precision: str = "no", on_step: OnStep | None = None, keeper: Keeper | None = None,
 ) -> list[float]:  # fmt: skip
     """Train on next-token prediction, each text a row with EOS at its end. Returns the losses, in nats per token.
 
-    Texts longer than max_length tokens are cut there, without an EOS; options: seed, precision, on_step and keeper, as
-    `fit` takes them. Raises ValueError for no texts, and what `fit` does.
+    Texts longer than max_length tokens are cut there, without an EOS. Raises ValueError for no texts, and what `fit`
+    does.
     """
     place = make_accelerator(device).device
     lm.to(place)
@@ -121,18 +121,18 @@ def fit_language_model(
         tokens, mask = pad([sequences[i] for i in rows], tokenizer.pad_token_id, side="right")
         return language_model_loss(lm, tokens.to(place), mask.to(place))
 
-    options |= dict(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, device=place)
-    return fit(lm, loss_of, [len(s) for s in sequences], **options)
+    return fit(lm, loss_of, [*map(len, sequences)], epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+               seed=seed, device=place, precision=precision, on_step=on_step, keeper=keeper)  # fmt: skip
 
 
 def fit_reward_model(
     reward_model: nn.Module, preferences: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, epochs: float = 1,
-    batch_size: int = 32, learning_rate: float = 1e-3, device: str = "auto", **options: Any,
+    batch_size: int = 32, learning_rate: float = 1e-3, seed: int = 0, device: str = "auto", precision: str = "no",
+    on_step: OnStep | None = None, keeper: Keeper | None = None,
 ) -> list[float]:  # fmt: skip
     """Train on preferences, {"prompt", "chosen", "rejected"}, by the Bradley–Terry loss. Returns the losses.
 
     One epoch by default: reward models overfit quickly. Afterwards its scores on these texts have mean 0, variance 1.
-    options: seed, precision, on_step and keeper, as `fit` takes them.
     Raises ValueError for no pairs or none whose texts differ, and what `fit` does.
     Source: Ouyang et al. 2022, §3.5.
     """
@@ -149,9 +149,9 @@ def fit_reward_model(
         return bradley_terry_loss(*scores.split(len(rows)))
 
     pairs = [*zip(encoded["chosen"], encoded["rejected"], strict=True)]
-    options |= dict(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, device=place)
-    losses = fit(reward_model, loss_of, [max(map(len, pair)) for pair in pairs], **options)
-    texts = [ids for pair in pairs for ids in pair]
+    lengths, texts = [max(map(len, pair)) for pair in pairs], [ids for pair in pairs for ids in pair]
+    losses = fit(reward_model, loss_of, lengths, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+                 seed=seed, device=place, precision=precision, on_step=on_step, keeper=keeper)  # fmt: skip
     reward_model.normalize(score_ids(reward_model, texts, pad_id=tokenizer.pad_token_id))
     return losses
 
@@ -161,15 +161,14 @@ PREFERENCE_LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss}
 
 def fit_dpo(
     policy: nn.Module, reference: nn.Module | None, preferences: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *,
-    beta: float, loss: str = "dpo", epochs: float = 2, batch_size: int = 32, learning_rate: float = 5e-4,
-    device: str = "auto", precision: str = "no", **options: Any,
+    beta: float, loss: str = "dpo", epochs: float = 2, batch_size: int = 32, learning_rate: float = 5e-4, seed: int = 0,
+    device: str = "auto", precision: str = "no", on_step: OnStep | None = None, keeper: Keeper | None = None,
 ) -> list[float]:  # fmt: skip
     """Train a language model on preferences, {"prompt", "chosen", "rejected"}, directly. Returns the losses.
 
     policy: a plain language model; reference: a model of its own, or None: the policy with its adapter off; read once,
-    before the first step; loss: "dpo" or "ipo" of `preferences`; options: seed, on_step and keeper, as `fit` takes
-    them. Raises ValueError for no pairs, another loss, beta ≤ 0, a reference that shares parameters with the policy,
-    and what `as_reference` and `fit` do.
+    before the first step; loss: "dpo" or "ipo" of `preferences`. Raises ValueError for no pairs, another loss,
+    beta ≤ 0, a reference that shares parameters with the policy, and what `as_reference` and `fit` do.
     Source: Rafailov et al. 2023, "Direct preference optimization", §4.
     """
     if loss not in PREFERENCE_LOSSES:
@@ -190,8 +189,8 @@ def fit_dpo(
         return PREFERENCE_LOSSES[loss](*log_probs.split(len(rows)), *ref_log_probs[:, rows], beta=beta)
 
     lengths = [len(prompt) + max(map(len, answers)) for prompt, *answers in pairs]
-    options |= dict(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, device=place)
-    return fit(policy, loss_of, lengths, weight_decay=0.0, precision=precision, **options)
+    return fit(policy, loss_of, lengths, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+               weight_decay=0.0, seed=seed, device=place, precision=precision, on_step=on_step, keeper=keeper)  # fmt: skip
 
 
 def preference_log_probs(

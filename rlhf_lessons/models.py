@@ -19,12 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf_lessons import forward
 from rlhf_lessons.adapters import add_lora, has_adapter, merged_weights
 from rlhf_lessons.forward import causal_lm_logits, one_pass, plain, position_arguments, trunk_of  # noqa: F401
 from rlhf_lessons.masking import full_precision, rounding_variance
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+# Callers know these from here, as they do those above.
+context_of, evaluating = forward.context_of, forward.evaluating
+padding_route, takes_ready_masks = forward.padding_route, forward.takes_ready_masks
 
 ASSETS = Path(__file__).parent / "assets"  # the tiny world's models: base, reward_model, aligned
 VALUE_HEAD_FILE = "value_head.safetensors"  # keys: weight (1, H), bias (1,)
