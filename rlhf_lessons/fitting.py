@@ -189,8 +189,8 @@ def fit_dpo(
         return PREFERENCE_LOSSES[loss](*log_probs.split(len(rows)), *ref_log_probs[:, rows], beta=beta)
 
     lengths = [len(prompt) + max(map(len, answers)) for prompt, *answers in pairs]
-    return fit(policy, loss_of, lengths, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
-               weight_decay=0.0, seed=seed, device=place, precision=precision, on_step=on_step, keeper=keeper)  # fmt: skip
+    return fit(policy, loss_of, lengths, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+               weight_decay=0.0, device=place, precision=precision, on_step=on_step, keeper=keeper)  # fmt: skip
 
 
 def preference_log_probs(
