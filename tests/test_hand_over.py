@@ -43,7 +43,10 @@ TEMPLATE = (
 SCORE = """
 def marked(prompts, responses, mark, ended):
     rows = zip(prompts, responses, mark, ended)
-    return [m * len(prompt.split()) + response.count("good") + 10 * done for prompt, response, m, done in rows]
+    return [m * len(prompt.split()) + worth(response) + 10 * done for prompt, response, m, done in rows]
+
+def worth(response):
+    return response.count("good") - 5 * (response != response.strip())
 
 def counted(prompts, responses):
     return [response.count("good") for response in responses]
@@ -269,6 +272,7 @@ def test_an_adapter_is_merged(world, tmp_path, monkeypatch):
     assert commands.main([*words, "--learning-rate", "0.1", "--out", str(tmp_path / "lora")]) == 0
     folder, tokens = hand_over(tmp_path / "lora", "verl"), torch.tensor([[1, 4, 5, 6]])
     assert folder == tmp_path / "lora-verl"
+    assert not (folder / "policy" / "adapter_config.json").exists()  # which PEFT would put on the base model again
     trained = CausalLMWithValueHead.from_pretrained(tmp_path / "lora" / "policy")
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(folder / "policy")(tokens).logits
