@@ -234,6 +234,8 @@ RUN = "run --corpus corpus.txt --score own_scores:good"
         ("run --corpus corpus.txt --reward-model reward --preferences pairs.jsonl", "give --preferences or --reward-m"),
         ("reward --preferences pairs.jsonl --num-preferences 8", "give --num-preferences or --preferences, not both"),
         (f"{RUN} --prompts prompts.txt --opening-words 2", "give --opening-words or --prompts, not both"),
+        (f"{PPO} --sampler-cap 3", "give --sampler with --sampler-cap: plain and static draw by the policy's own prob"),
+        (f"{RUN} --sampler static --sampler-correction mask", "give --sampler with --sampler-correction: plain and"),
         (f"{PPO} --adaptive-kl-horizon 9999", "give --adaptive-kl-target with --adaptive-kl-horizon: without a target"),
         ("reward --model lm", "give --preferences, or a --score: the tiny world's annotators read no other texts"),
         # folders

@@ -94,7 +94,11 @@ READ = (  # options, what they need one of, what leaves nobody to read them, why
     (("prompts",), (), ("prompt",), "both say what is continued"),
     (("lora_alpha",), ("lora_rank",), (), "it is that adapter's"),
     (("adaptive_kl_horizon",), ("adaptive_kl_target",), (), "without a target β is fixed"),
+    (("sampler_correction", "sampler_correction_level", "sampler_cap"), ("sampler",), (),
+     "plain and static draw by the policy's own probabilities, which need no weights"),
 )  # fmt: skip
+# What counts as not given: a default that the parser fills in, and samplers that no other option is for.
+NOT_GIVEN = (("opening_words", OPENING_WORDS), ("sampler", "plain"), ("sampler", "static"))
 METAVARS = {int: "N", float: "X", str: "NAME"}
 TITLES = {"pretrain": "a language model trained from scratch", "reward": "the reward model's fit",
           "model": "the policy's weights"}  # fmt: skip
@@ -193,7 +197,7 @@ def critic_of(arguments: argparse.Namespace) -> str | None:
 def check_given(arguments: argparse.Namespace) -> None:
     """Raise ValueError for an option that the command, beside the others, would not read: given is used, or refused."""
     values, method = vars(arguments), method_of(arguments)
-    given = {k for k, v in values.items() if v is not None and (k, v) != ("opening_words", OPENING_WORDS)}
+    given = {k for k, v in values.items() if v is not None and (k, v) not in NOT_GIVEN}
     kinds = {name: {*OWN.get(name, ()), *(item.name for item in fields(kind))} for name, kind in METHODS.items()}
     for name in values:  # in the order of the help
         readers = [other for other, read in kinds.items() if name in read]
