@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_lessons import fitting
+from rlhf_lessons.checkpoint import load_state, save_state
 from rlhf_lessons.config import GRPOConfig, TrainerConfig
 from rlhf_lessons.data import encode_prompt, encode_response
 from rlhf_lessons.device import autocast
@@ -1071,3 +1072,19 @@ def test_from_language_model_to_aligned_policy(make_lm, make_trainer, make_polic
     ).train()
     assert history[0]["kl"] == pytest.approx(0, abs=1e-4), "policy and reference start as one"
     assert history[-1]["score"] > history[0]["score"] + 0.2
+
+
+def test_a_state_is_a_copy_unless_it_is_written_at_once(make_trainer, tmp_path):
+    """A step changes what is trained, and neither the copy nor the file."""
+    trainer = make_trainer()
+    trainer.step()
+    copied, live = trainer.state_dict(), trainer.state_dict(copied=False)
+    save_state(tmp_path / "state", live)
+    trainer.step()
+    written = load_state(tmp_path / "state")
+    moved = [not torch.equal(x, written["policy"][name]) for name, x in live["policy"].items()]
+    assert any(moved) and live["policy"].keys() == copied["policy"].keys()
+    for name, x in written["policy"].items():
+        assert torch.equal(copied["policy"][name], x)
+    for number, moments in written["optimizer"]["state"].items():
+        assert all(torch.equal(copied["optimizer"]["state"][number][name], x) for name, x in moments.items())
