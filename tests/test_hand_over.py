@@ -185,6 +185,7 @@ def test_the_reward_is_the_runs_own(run, model, to, handed, world):
     expected = missing_eos_scores(scores, samples.ended, penalty=penalty, mode=mode)
     found = torch.tensor(asked(folder, to, samples, rows))
     assert 9 < samples.ended.sum() < 150 or run == "spelled"
+    assert json.loads((folder / "hand_over.json").read_text())["between"] == ("" if run == "spelled" else " ")
     plain = torch.ones(len(samples), dtype=torch.bool)
     if to == "verl" or run == "spelled":  # where texts are read, some of tokens sampled at random are read as others
         texts = [
@@ -357,7 +358,8 @@ def test_trls_command_has_the_runs_settings(handed, tmp_path):
     )  # fmt: skip
     found = options_of(words[2:])
     assert {name: found.get(name) for name in expected} == expected
-    assert typed(handed("ppo", "trl"), "run.sh", tmp_path=tmp_path)[:2] == ["trl", "grpo"]
+    words = typed(handed("ppo", "trl"), "run.sh", tmp_path=tmp_path)
+    assert words[:2] == ["trl", "grpo"] and options_of(words)["use_bias_correction_kl"] == "True"
     assert typed(handed("rloo", "trl"), "run.sh", tmp_path=tmp_path)[:2] == ["trl", "rloo"]
     folder = handed("dpo", "trl")
     for script, kind in (("run.sh", "dpo"), ("dpo.sh", "dpo"), ("reward.sh", "reward")):
@@ -410,6 +412,7 @@ def test_verls_command_has_the_runs_settings(handed, tmp_path):
     assert {name: found.get(name) for name in expected} == expected
     found = options_of(typed(handed("marks", "verl"), "run.sh", tmp_path=tmp_path)[3:])
     assert found["algorithm.adv_estimator"] == "grpo" and found["algorithm.norm_adv_by_std_in_grpo"] == "True"
+    assert found["data.train_batch_size"] == "4"
     assert "algorithm.use_kl_in_reward" not in found and found[f"{actor}.use_kl_loss"] == "True"
     assert (found[f"{actor}.kl_loss_type"], found[f"{actor}.kl_loss_coef"]) == ("k3", "0.05")
     assert (found["actor_rollout_ref.rollout.n"], found[f"{actor}.ppo_mini_batch_size"]) == ("2", "2")
