@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -105,6 +106,11 @@ MASKED = [
         for over, constant in (("tokens", None), ("sequences", None), ("constant", 7))
     ),
     Case(importance.sequence_ratio, importance.sequence_ratio, ("log_probs", "log_probs"), "B"),
+    *(
+        Case(weigh, partial(weigh, cap=2.0, level=level), ("log_probs", "log_probs"), "BT", f" {level}")
+        for weigh in (importance.truncated_ratio, importance.masked_ratio)
+        for level in ("token", "sequence")
+    ),
     Case(kl.sequence_kl_loss, kl.sequence_kl_loss, ("log_probs", "log_probs"), ""),
 ]
 SHAPED = Case(  # its mask is not optional

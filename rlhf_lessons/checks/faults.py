@@ -108,8 +108,8 @@ FAULTS = {
             "sampled at temperature 0.7, scored at 1",
             "a ratio that is not 1 before the first update (first_ratio_error), in every iteration",
             collect,
-            "temperature=config.temperature, **options,",
-            "temperature=0.7, **options,",
+            "temperature=config.temperature)",
+            "temperature=0.7)",
             functools.partial(Unguarded, sampler=sample_cold),
         ),
         Fault(
