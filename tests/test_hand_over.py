@@ -31,7 +31,10 @@ from rlhf_lessons.scoring import ModelScorer, TextScorer, missing_eos_scores
 FAST = "--num-iterations 2 --batch-size 8 --minibatch-size 4 --ppo-epochs 3 --max-new-tokens 4 --device cpu".split()
 GROUPS = "--samples-per-prompt 2 --gradient-accumulation-steps 2 --warmup-iterations 1".split()
 GROUPS += "--clip-eps-high 0.3 --temperature 0.9".split()
-MASKED = "--sampler-correction mask --sampler-correction-level sequence --sampler-cap 4".split()
+DRAWN = {  # what runs would have been told that vLLM sampled for
+    "marks": "--sampler vllm --sampler-correction mask --sampler-correction-level sequence --sampler-cap 4",
+    "rloo": "--sampler vllm --sampler-correction none",
+}
 PAIRS = [
     {"prompt": "film", "chosen": "good .", "rejected": "bad bad ."},
     {"prompt": "", "chosen": "good", "rejected": "."},
@@ -87,14 +90,18 @@ def world(tmp_path_factory, make_lm, make_reward_model, make_tokenizer):
         runs = {
             "ppo": [*given, *FAST, "--critic", "separate", "--missing-eos-penalty", "0.5"],
             "spelled": [*letters, *FAST, "--missing-eos-mode", "replace"],
-            "marks": [*marks, *FAST, "--method", "grpo", *GROUPS, "--kl-in", "loss", "--kl-kind", "k3", *MASKED],
+            "marks": [*marks, *FAST, "--method", "grpo", *GROUPS, "--kl-in", "loss", "--kl-kind", "k3"],
             "foreign": [*letters[:-1], "reward", *FAST],
-            "rloo": [*given, *FAST, "--method", "rloo", *GROUPS, "--sampler-correction", "none"],
+            "rloo": [*given, *FAST, "--method", "rloo", *GROUPS],
             "dpo": [*learnt, *"--method dpo --dpo-batch-size 4 --num-iterations 2 --batch-size 8".split()],
             "best": [*given, *"--method best-of-n --n 4 --batch-size 4 --max-new-tokens 4 --device cpu".split()],
         }  # fmt: skip
         for name, words in runs.items():
             assert commands.main(["run", *words, "--out", name]) == 0
+        for name, words in DRAWN.items():
+            config = json.loads((folder / name / "config.json").read_text())
+            config["made_by"]["command"] += words.split()
+            (folder / name / "config.json").write_text(json.dumps(config))
         yield folder
     finally:
         os.chdir(here)
