@@ -91,8 +91,8 @@ def masked_ratio(
         w = π/μ · 1[1/cap ≤ π/μ ≤ cap],   so that E_μ[w] = P_π(1/cap ≤ π/μ ≤ cap)                       (Eq. 16.2)
 
     Arguments, shape and refusals as those of `sampler_ratio`; no gradient. Source: Ling Team 2025, arXiv 2510.18855
-    (IcePop: tokens, between two bounds); Liu et al. 2025, "When speed kills stability: demystifying RL collapse from the
-    training-inference mismatch" (whole texts, cut off above).
+    (IcePop: tokens, between two bounds); Liu et al. 2025, "When speed kills stability: demystifying RL collapse from
+    the training-inference mismatch" (whole texts, cut off above).
     """
     ratio = sampler_ratio(log_probs, sampler_log_probs, mask, cap=cap, level=level)
     return torch.where((ratio >= 1 / cap) & (ratio <= cap), ratio, 0)
