@@ -198,3 +198,24 @@ def random_batch(lengths, *, prompt_length: int = 3, seed: int = 0):
 def make_batch():
     """make_batch(lengths, *, prompt_length=3, seed=0): a RolloutBatch of random numbers, rows of these lengths."""
     return random_batch
+
+
+BLANK = b"\x89PNG"  # how a picture's file begins, and all that is needed of one that nobody looks at
+
+
+@pytest.fixture(scope="module")
+def small_world():
+    """Whole runs with little of the tiny world, and pictures that are put together but not drawn."""
+    from matplotlib.figure import Figure
+
+    from rlhf_lessons.app import inputs, pipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, count in (
+            (inputs, "NUM_PROMPTS", 100),
+            (pipeline, "NUM_TEXTS", 64),
+            (pipeline, "NUM_HELD_OUT", 8),
+        ):
+            patch.setattr(owner, name, count)
+        patch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(BLANK))
+        yield

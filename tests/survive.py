@@ -28,16 +28,16 @@ BEGIN = ("config.json", "base_model", "reward_model", "policy", "summary.json") 
 STAGES = ("pretraining", "reward training", "PPO", "report")
 
 
-def write_inputs(folder: Path) -> None:
+def write_inputs(folder: Path, lines: int = 1200) -> None:
     """A corpus, and pairs in which the line with more gold is the better one."""
-    texts = tiny_reviews.sample_corpus(1200, torch.Generator().manual_seed(0))
+    texts = tiny_reviews.sample_corpus(lines, torch.Generator().manual_seed(0))
     (folder / "corpus.txt").write_text("\n".join(texts))
     half = len(texts) // 2
     gold = tiny_reviews.gold_reward([""] * len(texts), texts).tolist()
     pairs = [sorted((i, i + half), key=gold.__getitem__, reverse=True) for i in range(half)]
-    lines = [json.dumps({"prompt": "", "chosen": texts[a], "rejected": texts[b]}) for a, b in pairs]
-    (folder / "pairs.jsonl").write_text("\n".join(lines[100:]))
-    (folder / "held_out.jsonl").write_text("\n".join(lines[:100]))
+    written = [json.dumps({"prompt": "", "chosen": texts[a], "rejected": texts[b]}) for a, b in pairs]
+    (folder / "pairs.jsonl").write_text("\n".join(written[100:]))
+    (folder / "held_out.jsonl").write_text("\n".join(written[:100]))
 
 
 def command(*arguments: object) -> list[str]:

@@ -28,6 +28,7 @@ from rlhf_lessons.generation import sample_batch
 from rlhf_lessons.models import CausalLMWithValueHead, load_causal_lm, load_reward_model, load_tokenizer
 from rlhf_lessons.scoring import ModelScorer, TextScorer, missing_eos_scores
 
+pytestmark = pytest.mark.usefixtures("small_world")
 FAST = "--num-iterations 2 --batch-size 8 --minibatch-size 4 --ppo-epochs 3 --max-new-tokens 4 --device cpu".split()
 GROUPS = "--samples-per-prompt 2 --gradient-accumulation-steps 2 --warmup-iterations 1".split()
 GROUPS += "--clip-eps-high 0.3 --temperature 0.9".split()

@@ -19,6 +19,7 @@ from rlhf_lessons.app import align
 from rlhf_lessons.app.resume import Stage
 from rlhf_lessons.app.run_folder import RunFolder, read_metrics
 
+pytestmark = pytest.mark.usefixtures("small_world")
 FEW = "--num-iterations 6 --lm-epochs 1 --reward-epochs 1 --checkpoint-every 2".split()
 METHODS = {
     "ppo": ["--critic", "separate", "--adaptive-kl-target", "3", "--adaptive-kl-horizon", "100"],
@@ -41,7 +42,7 @@ def ctrl_c_is_pythons():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
-    write_inputs(folder)
+    write_inputs(folder, lines=600)
     return folder
 
 
