@@ -93,8 +93,8 @@ def width_of(text: str) -> int:
 
 
 def visible(token: str) -> str:
-    """A token on one line: a line break is shown as ↵."""
-    return token.replace("\n", "↵")
+    """A token on one line, in characters that fonts have: a line break as ↵, other controls by their codes."""
+    return "".join("↵" if x == "\n" else x if x.isprintable() else repr(x)[1:-1] for x in token)
 
 
 def padded(text: str, width: int, *, right: bool = False) -> str:

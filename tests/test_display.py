@@ -55,6 +55,13 @@ class Pair:
 # ---- source and equations --------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("token", "shown"), [("good", "good"), (" é…", " é…"), ("a\n", "a↵"), ("\x0b\t", r"\x0b\t"), ("\u200b", r"\u200b")]
+)
+def test_a_token_stands_on_one_line_in_what_fonts_have(token, shown):
+    assert display.visible(token) == shown
+
+
 def test_source_is_printed_with_one_line_of_docstring(capsys):
     display.show_source(double)
     assert capsys.readouterr().out == (
