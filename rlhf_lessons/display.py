@@ -1,4 +1,4 @@
-"""What notebooks print: a function's source, a response token by token, samples side by side, equations, progress.
+"""What notebooks print: a function's source, a response token by token, samples side by side, progress.
 
 Everything is plain text that comes out the same on every machine: no object addresses, no times, no colours. The
 command line shares the progress and `say`.
@@ -6,7 +6,6 @@ command line shares the progress and `say`.
 
 import ast
 import inspect
-import re
 import sys
 import textwrap
 import time
@@ -17,10 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 REFRESH_SECONDS = 0.5  # between two updates of a notebook's progress line
-LABEL = re.compile(r"\(Eq\. (\d+\.\d+)\)")
 
 
-# ---- source and equations --------------------------------------------------------------
+# ---- source ----------------------------------------------------------------------------
 
 
 def show_source(function: Callable, *, docstring: bool = False) -> None:
@@ -52,36 +50,6 @@ def with_short_docstrings(source: str) -> str:
             opens_alone = first.strip() in ('"""', 'r"""')  # the text begins on the next line
             lines[start:end] = [first + (lines[start + 1].strip() if opens_alone else "") + '"""']
     return "\n".join(lines)
-
-
-def equation_table(*functions: Callable) -> None:
-    """Print, for each function, the label and text of its equations and its name: the recap of a lesson.
-
-    Equations are read from the docstrings, where each stands with its "(Eq. n.m)". Rows are in the order of the labels.
-    Raises ValueError for a function without one.
-    """
-    if not functions:
-        raise ValueError("functions must hold at least one; got none")
-    rows = [(label, name_of(f), equation) for f in functions for label, equation in equations_of(f)]
-    rows.sort(key=lambda row: [int(part) for part in row[0].split(".")])
-    print(aligned([(f"(Eq. {label})", name, equation) for label, name, equation in rows]))
-
-
-def equations_of(function: Callable) -> list[tuple[str, str]]:
-    """(label, equation) for each labelled equation of a docstring, every run of blanks made one."""
-    found = []
-    for paragraph in re.split(r"\n\s*\n", inspect.getdoc(function) or ""):
-        labels = LABEL.findall(paragraph)
-        if labels:
-            found.append((labels[0], " ".join(LABEL.sub(" ", paragraph).split())))
-    if not found:
-        raise ValueError(f'functions must have "(Eq. n.m)" in their docstrings; got none in {function.__qualname__}')
-    return found
-
-
-def name_of(function: Callable) -> str:
-    """Module and name within the package: "advantages.gae", "gridworld.GridWorld.policy_evaluation"."""
-    return f"{function.__module__.removeprefix('rlhf_lessons.')}.{function.__qualname__}"
 
 
 # ---- tables of text --------------------------------------------------------------------

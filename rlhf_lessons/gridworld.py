@@ -120,14 +120,6 @@ class GridWorld:
         """Every action equally likely, (S, A)."""
         return torch.full((self.num_states, self.num_actions), 1 / self.num_actions, dtype=torch.float64)
 
-    def to_grid(self, values: Tensor) -> Tensor:
-        """Values of the states on the map, for a picture: (S,) -> (rows, columns), NaN at walls."""
-        if values.shape != self.start.shape:
-            raise ValueError(f"values must have shape ({self.num_states},); got {tuple(values.shape)}")
-        grid = torch.full(self.walls.shape, torch.nan, dtype=torch.float64)
-        grid[self.coordinates[:, 0], self.coordinates[:, 1]] = values.detach().double()
-        return grid
-
     def policy_evaluation(self, policy: Tensor, *, horizon: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Exact values of a policy, by one linear solve or, with a horizon, backward induction.
 

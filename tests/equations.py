@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import notebooks
-from rlhf_lessons.display import LABEL
 
 ROOT = Path(__file__).resolve().parent.parent
+LABEL = re.compile(r"\(Eq\. (\d+\.\d+)\)")
 
 
 @dataclass(frozen=True)

@@ -118,33 +118,6 @@ def test_what_has_no_source_is_refused():
             display.show_source(thing)
 
 
-def test_equations_are_listed_by_label_with_their_functions(capsys):
-    display.equation_table(double, Pair.total)
-    name = __name__
-    width = len(f"{name}.Pair.total")
-    assert capsys.readouterr().out == (
-        f"(Eq. 2.10)  {name}.Pair.total  s = a + b\n(Eq. 12.3)  {f'{name}.double':<{width}}  y = 2 x\n"
-    )
-
-
-def test_equations_of_the_package_are_found(capsys):
-    display.equation_table(gae, td_residuals, GridWorld.policy_evaluation, CausalLMWithValueHead)
-    first, second, third, fourth = capsys.readouterr().out.splitlines()
-    assert first.startswith("(Eq. 4.2)  gridworld.GridWorld.policy_evaluation  V = (I")
-    assert second.split("  ")[:2] == ["(Eq. 5.1)", "advantages.td_residuals"]
-    assert "δ_t = r_t + γ V(s_{t+1}) − V(s_t)" in second and "Â_t = Σ_k" in third
-    assert fourth.endswith("V(s_t) = w·h_t + b")
-
-
-def test_a_function_without_a_label_is_refused():
-    with pytest.raises(
-        ValueError, match=r'functions must have "\(Eq. n.m\)" in their docstrings; got none in Pair.bare'
-    ):
-        display.equation_table(Pair.bare)
-    with pytest.raises(ValueError, match="functions must hold at least one; got none"):
-        display.equation_table()
-
-
 # ---- tables ----------------------------------------------------------------------------
 
 
