@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lessons import ppo
 from rlhf_lessons.adapters import as_reference, merged_weights
 from rlhf_lessons.checkpoint import learnt, load_learnt
 from rlhf_lessons.config import COUNT, PPOConfig, TrainerConfig, require
@@ -29,15 +30,6 @@ from rlhf_lessons.kl import AdaptiveKL, FixedKL, sampled_kl
 from rlhf_lessons.likelihood import TokenTerms, token_terms
 from rlhf_lessons.masking import masked_mean
 from rlhf_lessons.models import check_separate, check_tokenizer, check_trainable, check_vocabulary, without_dropout
-from rlhf_lessons.ppo import (
-    aggregate,
-    clip_fraction,
-    clipped_policy_loss,
-    clipped_value_loss,
-    explained_variance,
-    policy_ratio,
-    ppo_loss,
-)
 from rlhf_lessons.rollout import (
     Credited,
     Rollout,
@@ -319,20 +311,20 @@ class Trainer:
 
         Losses and entropy are what `config.aggregation` says, what is reported beside them means over real tokens.
         """
-        config, mask, level = self.config, batch.response_mask, self.config.ratio_level
-        policy_loss = clipped_policy_loss(
-            log_probs, batch.log_probs, batch.advantages, mask, clip_eps=config.clip_range, level=level,
-            **config.aggregation,
-        )  # fmt: skip
-        mean_entropy = aggregate(entropies, mask, **config.aggregation)
+        config, mask = self.config, batch.response_mask
+        level, clip_eps = config.ratio_level, config.clip_range
+        policy_loss = ppo.clipped_policy_loss(
+            log_probs, batch.log_probs, batch.advantages, mask, clip_eps=clip_eps, level=level, **config.aggregation
+        )
+        mean_entropy = ppo.aggregate(entropies, mask, **config.aggregation)
         with torch.no_grad():
-            ratio = policy_ratio(log_probs, batch.log_probs, mask, level=level)
+            ratio = ppo.policy_ratio(log_probs, batch.log_probs, mask, level=level)
             error = (importance_ratio(log_probs, batch.log_probs) - 1).abs()
             report = {
                 "entropy": masked_mean(entropies, mask),
                 # The samples are the old policy's, so this is KL(old policy ‖ new policy).
                 "approx_kl": masked_mean(sampled_kl(batch.log_probs, log_probs, kind="k3"), mask),
-                "clip_fraction": clip_fraction(ratio, mask, clip_eps=config.clip_range, advantages=batch.advantages),
+                "clip_fraction": ppo.clip_fraction(ratio, mask, clip_eps=clip_eps, advantages=batch.advantages),
                 "ratio_error": masked_mean(error, mask),
             }
         return policy_loss, mean_entropy, report
@@ -464,13 +456,13 @@ class PPOTrainer(Trainer):
         config, mask = self.config, batch.response_mask
         log_probs, entropies, values = self.token_terms(batch)
         policy_loss, mean_entropy, report = self.policy_losses(log_probs, entropies, batch)
-        value_loss = clipped_value_loss(values, batch.values, batch.returns, mask, clip_eps=config.value_clip_eps)
-        loss = ppo_loss(policy_loss, value_loss, mean_entropy, vf_coef=config.vf_coef, ent_coef=config.ent_coef)
+        value_loss = ppo.clipped_value_loss(values, batch.values, batch.returns, mask, clip_eps=config.value_clip_eps)
+        loss = ppo.ppo_loss(policy_loss, value_loss, mean_entropy, vf_coef=config.vf_coef, ent_coef=config.ent_coef)
         return loss, detached({"loss": loss, "policy_loss": policy_loss, "value_loss": value_loss} | report)
 
     def measures(self, batch: RolloutBatch) -> dict[str, Tensor]:
         """The shaped reward of a response, and how much of the returns' variance the critic explains."""
-        explained = explained_variance(batch.values, batch.returns, batch.response_mask)
+        explained = ppo.explained_variance(batch.values, batch.returns, batch.response_mask)
         return {"reward": batch.rewards.sum(dim=1).mean(), "explained_variance": explained}
 
 
