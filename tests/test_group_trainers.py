@@ -270,6 +270,13 @@ def test_a_kl_that_is_paid_out_of_the_reward_is_in_no_loss(kind):
     assert "kl_loss" not in trainer.losses(batch)[1]
 
 
+def test_a_kl_that_is_in_the_loss_is_not_paid_out_of_the_reward_too():
+    trainer = make("grpo", kl_in="loss", kl_coef=0.5, advantage_scale="none")
+    rollout = with_scores(trainer.collect(), [0.0] * 16)
+    assert not torch.equal(rollout.log_probs, rollout.ref_log_probs)
+    assert of_responses(trainer.credit(rollout)) == [0.0] * 16
+
+
 def test_one_ratio_a_text_is_clipped_as_one():
     trainer = make("grpo", ratio_level="sequence", loss_over="sequences", clip_eps=1e-3, clip_eps_high=2e-3)
     batch = trainer.rollout()
