@@ -24,7 +24,7 @@ test: $(READY)          ## unit tests, then every notebook
 	$(PY) -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout 180 -n 2 --dist loadfile -q
 
 proof: $(READY)         ## one line per claim: what was claimed, the exact value, the obtained one
-	$(PY) -m pytest tests/proof -n 2 --dist loadfile -q
+	$(PY) -m pytest tests/proof -n 2 --dist loadfile -q -m "slow or not slow"
 
 lab: $(READY)           ## your own copy of the lessons, in Jupyter; FRESH=05 starts a lesson anew and keeps the old one
 	$(PY) tests/notebooks.py copy $(FRESH)

@@ -408,6 +408,7 @@ def test_settings_that_do_not_go_together_are_refused():
 # --- In the tiny world ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ppo_raises_the_score_by_an_adapter_alone():
     """30 iterations of 64 responses; mean of the last three against the first three, 0.5 at least."""
     policy = CausalLMWithValueHead(load_causal_lm(ASSETS / "base"))

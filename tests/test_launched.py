@@ -70,8 +70,10 @@ def alone(tmp_path_factory):
 
 
 SLOW = pytest.mark.slow
-COUNTS = [("ppo", 2, {}), ("grpo", 2, {})]
-COUNTS += [pytest.param(*case, marks=SLOW) for case in (("ppo", 4, {}), ("grpo", 4, {}), ("ppo", 2, FSDP))]
+COUNTS = [("ppo", 2, {})]
+COUNTS += [
+    pytest.param(*case, marks=SLOW) for case in (("grpo", 2, {}), ("ppo", 4, {}), ("grpo", 4, {}), ("ppo", 2, FSDP))
+]
 
 
 @pytest.mark.parametrize(("method", "count", "environment"), COUNTS)

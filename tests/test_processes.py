@@ -92,7 +92,7 @@ def share_a_batch(folder):
     torch.save(results, f"{folder}/{accelerator.process_index}.pt")
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def processes(tmp_path_factory, request):
     """The results of each of several processes that share a batch."""
     return results_of(request.param, __file__, tmp_path_factory.mktemp("batch"))

@@ -102,6 +102,7 @@ def test_the_pictures_are_drawn_from_the_recorded_runs(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "figures").glob("*.png")}
 
 
+@pytest.mark.slow
 def test_a_run_is_recorded_by_the_command_that_it_names(monkeypatch, tmp_path):
     short = "--num-iterations 1 --batch-size 8 --minibatch-size 8 --num-preferences 16 --device cpu".split()
     type_in = record.type_in
