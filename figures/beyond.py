@@ -379,7 +379,7 @@ CORRECTIONS = {  # how the samples of the other engine are weighed; None: no oth
 
 
 def coarse(x: Tensor, bits: int) -> Tensor:
-    """Each row of a matrix rounded to 2^bits − 1 even steps from minus to plus its largest weight; vectors as is."""
+    """Each row of a matrix rounded to 2^bits − 1 even values from minus to plus its largest weight; vectors as is."""
     if x.dim() < 2:
         return x
     top = 2 ** (bits - 1) - 1
@@ -387,32 +387,36 @@ def coarse(x: Tensor, bits: int) -> Tensor:
     return torch.where(step > 0, (x / step).round() * step, x)
 
 
-class CoarseSampler(Sampler):
-    """Samples with a copy of the policy whose weights have few bits, made anew before each batch."""
+class CopySampler(Sampler):
+    """Samples with a copy of the policy."""
 
     exact = False
 
-    def __init__(self, lm: nn.Module, bits: int) -> None:
-        self.lm, self.bits = copy.deepcopy(lm), bits
-        self.update(lm.state_dict().items())
+    def __init__(self, lm: nn.Module) -> None:
+        self.lm = copy.deepcopy(lm)
 
     def __call__(self, lm: nn.Module, *inputs: Tensor, **options: Any) -> Responses:
         return sample_responses(self.lm, *inputs, **options)
+
+
+class CoarseSampler(CopySampler):
+    """Its weights have few bits, and are made anew before each batch."""
+
+    def __init__(self, lm: nn.Module, bits: int) -> None:
+        super().__init__(lm)
+        self.bits = bits
+        self.update(lm.state_dict().items())
 
     def update(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         self.lm.load_state_dict({name: coarse(x, self.bits) for name, x in weights})
 
 
-class StaleSampler(Sampler):
-    """Samples with the weights of `age` iterations ago, the first ones until there are older."""
-
-    exact = False
+class StaleSampler(CopySampler):
+    """Its weights are those of `age` iterations ago, the first ones until there are older."""
 
     def __init__(self, lm: nn.Module, age: int) -> None:
-        self.lm, self.age, self.kept = copy.deepcopy(lm), age, deque()
-
-    def __call__(self, lm: nn.Module, *inputs: Tensor, **options: Any) -> Responses:
-        return sample_responses(self.lm, *inputs, **options)
+        super().__init__(lm)
+        self.age, self.kept = age, deque()
 
     def update(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         self.kept.append({name: x.clone() for name, x in weights})

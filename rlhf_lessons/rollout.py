@@ -129,10 +129,10 @@ def collect(
     scores = missing_eos_scores(scorer(samples), samples.ended, penalty=penalty, mode=mode)
     rollout = Rollout(**vars(samples), log_probs=log_probs, ref_log_probs=ref_log_probs, scores=scores)
     tolerance = None if exact else getattr(sample, "tolerance", None)
-    if tolerance is not None and not float(sampler_error(rollout)) <= tolerance:
+    if tolerance is not None and not (error := float(sampler_error(rollout))) <= tolerance:
         raise ValueError(
             f"sampler's log-probabilities must be within {tolerance} of the policy's own on average; got "
-            f"{float(sampler_error(rollout)):.3g}: has it been given the weights of the last update (Sampler.update), "
+            f"{error:.3g}: has it been given the weights of the last update (Sampler.update), "
             "and are temperature and precision the policy's?"
         )
     return rollout

@@ -211,11 +211,8 @@ def small_world():
     from rlhf_lessons.app import inputs, pipeline
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name, count in (
-            (inputs, "NUM_PROMPTS", 100),
-            (pipeline, "NUM_TEXTS", 64),
-            (pipeline, "NUM_HELD_OUT", 8),
-        ):
-            patch.setattr(owner, name, count)
+        patch.setattr(inputs, "NUM_PROMPTS", 100)
+        patch.setattr(pipeline, "NUM_TEXTS", 64)
+        patch.setattr(pipeline, "NUM_HELD_OUT", 8)
         patch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(BLANK))
         yield

@@ -468,17 +468,14 @@ def printed(*arguments, **options):
     return subprocess.run(command, stderr=subprocess.PIPE, **options)
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 @pytest.mark.parametrize(
-    ("encoding", "arguments", "shown"),
+    ("arguments", "shown"),
     [
-        ("ascii", "ppo --help", r"\u03b2"),
-        ("ascii", "summary →", r"error: \u2192: holds no run"),
-        ("cp1252", "summary told", r"| \u03b2 |"),
-        (
-            "cp1252",
-            "sample --model lm --policy lm --score own_scores:good --count 1 --max-new-tokens 4 --prompt →",
-            r"\u2192",
-        ),
+        ("ppo --help", r"\u03b2"),
+        ("summary →", r"error: \u2192: holds no run"),
+        ("summary told", r"| \u03b2 |"),
+        ("sample --model lm --policy lm --score own_scores:good --count 1 --max-new-tokens 4 --prompt →", r"\u2192"),
     ],
 )
 def test_a_console_that_lacks_a_character_shows_its_number(encoding, arguments, shown, world, run):
