@@ -468,24 +468,27 @@ def printed(*arguments, **options):
     return subprocess.run(command, stderr=subprocess.PIPE, **options)
 
 
+CONSOLE = """
+import sys
+from rlhf_lessons.__main__ import main
+for line in sys.argv[1:]:
+    print("ended with", main(line.split()))
+"""
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-@pytest.mark.parametrize(
-    ("arguments", "shown"),
-    [
-        ("ppo --help", r"\u03b2"),
-        ("summary →", r"error: \u2192: holds no run"),
-        ("summary told", r"| \u03b2 |"),
-        ("sample --model lm --policy lm --score own_scores:good --count 1 --max-new-tokens 4 --prompt →", r"\u2192"),
-    ],
-)
-def test_a_console_that_lacks_a_character_shows_its_number(encoding, arguments, shown, world, run):
+def test_a_console_that_lacks_a_character_shows_its_number(encoding, world, run):
     """As on Windows, where what goes into a file or a pipe is in the code page: no command ends by its own output."""
-    if "told" in arguments:
-        run(*PPO.split(), *FAST, "--out", "told")
-    done = printed(*arguments.split(), cwd=world, env={"PYTHONIOENCODING": encoding})
-    wrong = shown.startswith("error")
-    assert done.returncode == (2 if wrong else 0), done.stderr
-    assert shown in (done.stderr if wrong else done.stdout).decode(encoding)
+    run(*PPO.split(), *FAST, "--out", "told")
+    model = "--model lm --policy lm --score own_scores:good --count 1 --max-new-tokens 4"
+    lines = [f"sample {model} --prompt →", "summary told", "summary →", "ppo --help"]  # the last ends the program
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", CONSOLE, *lines], cwd=world, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    sample, summary, wrong, helped = done.stdout.decode(encoding).split("ended with ")
+    assert r"\u2192" in sample and summary.startswith("0") and r"| \u03b2 |" in summary
+    assert wrong.startswith("0") and r"error: \u2192: holds no run" in done.stderr.decode(encoding)
+    assert helped.startswith("2") and r"\u03b2" in helped
 
 
 def test_commands_run_where_standard_output_is_no_file(run, monkeypatch):
@@ -613,7 +616,7 @@ EVALUATED = "--eval-prompts prompts.txt".split()  # and without these not how of
                 [*RUN.split()[1:], *SMALL, *FAST],
                 ["--num-preferences", "8", *FAST, *GROUPS],
                 ["--num-preferences", "8", *LOOK, *DPO],
-                [*LOOK, *BEST],
+                ["--num-preferences", "8", *LOOK, *BEST],
             ],
         ),
         ("pretrain", [["--corpus", "corpus.txt", *SMALL, "--device", "cpu"]]),
