@@ -545,7 +545,7 @@ def nbval(tmp_path_factory):
     for name, nb in NBVAL.items():
         save(nb, folder / "lessons" / f"{name}.ipynb")
     (folder / "test_beside.py").write_text(BESIDE)
-    options = "--nbval-lax --nbval-current-env --nbval-cell-timeout 10 -p no:cacheprovider"
+    options = "--nbval-lax --nbval-current-env --nbval-cell-timeout 5 -p no:cacheprovider"
     command = [sys.executable, "-m", "pytest", *options.split(), "--junitxml=report.xml", "lessons", "test_beside.py"]
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
     subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=180, check=False)
@@ -589,7 +589,7 @@ def test_nbval_fails_where_nothing_raises(nbval):
 
 def test_nbval_ends_a_cell_over_its_time(nbval):
     assert outcomes(nbval, "endless") == ["failure", "skipped"]
-    assert "Timeout of 10 seconds" in text(nbval, "endless")
+    assert "Timeout of 5 seconds" in text(nbval, "endless")
 
 
 def test_nbval_notices_a_dead_kernel_before_the_timeout(nbval):
