@@ -432,7 +432,7 @@ def test_ranges(batch):
     assert (policy_gradient.entropy(logits) >= -slack).all()
     assert (policy_gradient.entropy(logits) <= math.log(VOCABULARY) + slack).all()
     assert (kl.exact_kl(logits, ref_logits) >= -slack).all()
-    weights = logits.flatten().exp()
+    weights = (logits - logits.max()).flatten().exp()
     assert 1 - slack <= importance.effective_sample_size(weights) <= len(weights) * (1 + slack)
     assert importance.importance_ratio(logits, logits).eq(1).all()
 
