@@ -59,6 +59,11 @@ def takes(model_class: type, argument: str) -> bool:
     return argument in inspect.signature(model_class.forward).parameters
 
 
+def cache_argument(model: nn.Module) -> str | None:
+    """The argument by which a model is given its key-value cache, which transformers 5.24 renamed; None without one."""
+    return next((name for name in ("past_key_values", "cache") if takes(type(model), name)), None)
+
+
 def position_arguments(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
     """The argument that makes left padding harmless, for models that take it (ALiBi models have no position ids)."""
     return {"position_ids": position_ids(attention_mask)} if takes(type(model), "position_ids") else {}

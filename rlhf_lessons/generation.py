@@ -184,7 +184,8 @@ class Reader:
         self.lm = lm = plain(lm)
         self.visible, self.text = visible, visible.new_zeros(len(visible), 0, dtype=torch.long)
         self.seen, self.ready_masks = 0, forward.takes_ready_masks(lm)
-        cached = forward.padding_route(lm) != "packed" and forward.takes(type(lm), "past_key_values")
+        self.cache_name = forward.cache_argument(lm)
+        cached = self.cache_name and forward.padding_route(lm) != "packed"
         self.cache = new_kv_cache(lm, visible.shape[1]) if cached else None
         self.positions = forward.position_arguments(lm, visible)
 
@@ -196,7 +197,7 @@ class Reader:
             given = {name: whole[:, start : self.seen] for name, whole in self.positions.items()}
             given |= {"logits_to_keep": 1} if forward.takes(type(self.lm), "logits_to_keep") else {}
             mask = seen[:, None, None] if self.ready_masks and start > 0 else seen  # spares making one
-            given |= dict(attention_mask=mask, past_key_values=self.cache, use_cache=True)
+            given |= {"attention_mask": mask, self.cache_name: self.cache, "use_cache": True}
             output = self.lm(input_ids=input_ids, **given)
             if self.cache.get_seq_length() == self.seen:
                 return output.logits[:, -1]

@@ -157,11 +157,6 @@ class Trainer:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, height)
 
     @property
-    def learning_rate(self) -> float:
-        """This iteration's, of the optimiser's first group."""
-        return self.optimizer.param_groups[0]["lr"]
-
-    @property
     def lm(self) -> nn.Module:
         """The language model that samples: the policy, or the one inside it."""
         return getattr(self.policy, "lm", self.policy)
@@ -402,7 +397,7 @@ class Trainer:
             of = updates.reports[: updates.steps or 1] if name == "grad_norm" else updates.reports
             measured[name] = torch.stack([report[name] for report in of]).mean()
         values = torch.stack([value.detach().float() for value in measured.values()]).tolist()
-        today = {"kl_coef": self.kl_controller.coef, "learning_rate": self.learning_rate}
+        today = {"kl_coef": self.kl_controller.coef, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         return dict(zip(measured, values, strict=True)) | today | {"optimizer_steps": updates.steps}
 
     def texts(self, batch: Rollout) -> tuple[list[str], list[str]]:

@@ -12,7 +12,8 @@ from sampling import BOS, EOS, IDS, PAD, generator, repeated, teacher_forced
 from transformers import GPT2LMHeadModel
 
 from rlhf_lessons.data import encode_prompt, encode_response, pad
-from rlhf_lessons.forward import padding_route
+from rlhf_lessons.engines.static import StaticSampler
+from rlhf_lessons.forward import padding_route, takes
 from rlhf_lessons.generation import Sampler, answers, eos_ids, respond, sample_tokens
 from rlhf_lessons.rollout import collect_rollout, policy_outputs, reference_logits, sample_responses
 from rlhf_lessons.scoring import missing_eos_scores
@@ -728,6 +729,25 @@ def test_sampler_calls_the_model_with_the_positions_of_real_tokens(queries):
         patch.setattr("transformers.DynamicCache", Cache)
         sample_responses(Model(), *queries, max_new_tokens=3, **IDS)
     assert asked == [[[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3]], [[2], [3], [4]], [[3], [4], [5]]]
+
+
+class Renamed(GPT2LMHeadModel):
+    """Takes its cache under the name that transformers gives it from 5.24 on."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, **options):
+        given = dict(attention_mask=attention_mask, position_ids=position_ids)
+        name = "cache" if takes(GPT2LMHeadModel, "cache") else "past_key_values"
+        return super().forward(input_ids, **given, **options, **{name: cache})
+
+
+@pytest.mark.parametrize("model_class", [GPT2LMHeadModel, Renamed])
+@pytest.mark.parametrize("sampler", [sample_responses, StaticSampler()])
+def test_every_token_is_read_once(model_class, sampler, make_config, queries):
+    lm, read = model_class(make_config()).eval(), []
+    padding_route(lm)  # which is tried out once
+    lm.register_forward_pre_hook(lambda lm, args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True)
+    sampler(lm, *queries, max_new_tokens=5, generator=generator(3), eos_id=-1, pad_id=0)
+    assert read[0] >= queries[0].shape[1] and read[1:] == [1] * 4
 
 
 class Forgetful(GPT2LMHeadModel):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_lessons.forward import ready_mask, takes_ready_masks
+from rlhf_lessons.forward import cache_argument, ready_mask, takes_ready_masks
 from rlhf_lessons.generation import (
     Responses,
     Sampler,
@@ -119,8 +119,8 @@ class StaticDecoder:
     def logits(self, input_ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, V) after the last of these tokens, at the sampling temperature."""
         output = self.lm(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
-            use_cache=True, logits_to_keep=1,
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
+            **{cache_argument(self.lm): self.cache},
         )  # fmt: skip
         return at_temperature(output.logits[:, -1], self.temperature)
 
