@@ -107,6 +107,7 @@ def test_dividing_by_the_group_s_deviation_turns_the_gradient(claim):
     claim.biased("groups.grpo_group", text, 1.0, cosine, 0.01, digits=3)
 
 
+@pytest.mark.slow
 @pytest.mark.equation("8.4")
 def test_rloo_converges_to_the_optimal_policy(claim):
     settings = dict(

@@ -84,6 +84,7 @@ def test_a_large_coefficient_stays_at_the_reference(claim):
         claim.equal(f"trainer.large_beta_{prompt.replace(' ', '_')}", text, 0.0, found, 0.05, digits=3)
 
 
+@pytest.mark.slow
 def test_without_the_leash_it_may_lock_onto_a_suboptimal_response(claim):
     # Nothing calls back what is no longer sampled: a likely, fairly good response crowds out the better ones.
     policy, prompt = trained(kl_coef=0.0, seed=0), "bad bad"
