@@ -60,8 +60,12 @@ def takes(model_class: type, argument: str) -> bool:
 
 
 def cache_argument(model: nn.Module) -> str | None:
-    """The argument by which a model is given its key-value cache, which transformers 5.24 renamed; None without one."""
-    return next((name for name in ("past_key_values", "cache") if takes(type(model), name)), None)
+    """The argument by which a model is given transformers' key-value cache, which 5.24 renamed; None without one.
+
+    What XLM calls its cache is a dictionary of its own.
+    """
+    own = inspect.signature(type(model).forward).parameters
+    return next((x for x in ("past_key_values", "cache") if x in own and "dict" not in str(own[x])), None)
 
 
 def position_arguments(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:

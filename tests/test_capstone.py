@@ -341,6 +341,11 @@ def trained_by(step, seed):
     return history
 
 
+def test_the_bar_is_reached_in_one_seed(capsys):
+    checks.aligned_by_you([trained_by(written()["my_step"], 0)] * 3)
+    assert capsys.readouterr().out == "correct\n"
+
+
 @pytest.mark.slow
 def test_the_bar_is_reached_in_three_seeds(capsys):
     checks.aligned_by_you([trained_by(written()["my_step"], seed) for seed in range(3)])

@@ -141,7 +141,7 @@ WIDE = dict.fromkeys(PLAIN.split(), {}) | {
 SETTINGS = CORE | WIDE | {"fuyu": SEEING, "xlnet": dict(max_position_embeddings=DROP)}
 REFUSED = {
     "cpmant": "CpmAntForCausalLM must give a token the same log-probability when it is sampled as in its text alone",
-    "xlm": "XLMWithLMHeadModel must read plain texts, padded or not",
+    "xlm": "XLMWithLMHeadModel must give a token the same log-probability when it is sampled as in its text alone",
     "fuyu": "FuyuForCausalLM must give a token the same log-probability when it is sampled as in its text alone",
     "moshi": "MoshiForCausalLM must give a token the same log-probability when it is sampled as in its text alone",
     "xlnet": "XLNetLMHeadModel must read plain texts, padded or not",

@@ -20,8 +20,8 @@ from rlhf_lessons.app.resume import Stage
 from rlhf_lessons.app.run_folder import RunFolder, read_metrics
 
 pytestmark = pytest.mark.usefixtures("small_world")
-FEW = "--num-iterations 6 --lm-epochs 1 --reward-epochs 1 --checkpoint-every 2".split()
 STEPS, PARTS = ["--num-iterations", "6"], ["--minibatch-size", "16"]
+FEW = [*STEPS, *"--lm-epochs 1 --reward-epochs 1 --checkpoint-every 2".split()]
 METHODS = {
     "ppo": [*STEPS, *PARTS, "--critic", "separate", "--adaptive-kl-target", "3", "--adaptive-kl-horizon", "100"],
     "grpo": [*STEPS, *PARTS, "--samples-per-prompt", "4"],

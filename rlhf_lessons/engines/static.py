@@ -69,7 +69,7 @@ class StaticDecoder:
         device, length = lm.device, prompt_length + max_new_tokens
         self.lm, self.prompt_length, self.temperature = lm, prompt_length, temperature
         self.eos_id, self.pad_id = torch.tensor(eos_id, device=device), pad_id
-        self.cache = StaticCache(config=lm.config, max_cache_len=length)
+        self.cache, self.cache_name = StaticCache(config=lm.config, max_cache_len=length), cache_argument(lm)
         self.visible = torch.zeros(batch, 1, 1, length, dtype=torch.bool, device=device)
         self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.step_ids = torch.zeros_like(self.position)
@@ -120,7 +120,7 @@ class StaticDecoder:
         """Logits (B, V) after the last of these tokens, at the sampling temperature."""
         output = self.lm(
             input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
-            **{cache_argument(self.lm): self.cache},
+            **{self.cache_name: self.cache},
         )  # fmt: skip
         return at_temperature(output.logits[:, -1], self.temperature)
 
