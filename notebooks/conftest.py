@@ -1,15 +1,24 @@
-"""How the notebooks run under nbval: offline, stopping at a notebook's first failing cell.
+"""How the notebooks run under nbval: offline, each kernel reached through files, stopping at the first failing cell.
 
-nbval alone runs the cells after a failure too, whose errors bury the first one, and notices a dead kernel only at the
-cell's timeout. Nothing outlasts the cell for which it is changed, and no test elsewhere sees it.
+nbval alone draws TCP ports, which another process may have taken when the kernel binds them; it runs the cells after
+a failure too, whose errors bury the first one; and it notices a dead kernel only at the cell's timeout. Nothing
+outlasts the cell for which it is changed, and no test elsewhere sees it.
 """
 
 from math import ceil
 from queue import Empty
+from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 import pytest
+from jupyter_client import KernelManager
 
 FAILED_CELL = pytest.StashKey[str]()
+KERNELS = TemporaryDirectory()  # gone with the process
+
+
+def kernel_on_files(**options):
+    return KernelManager(transport="ipc", ip=f"{KERNELS.name}/{uuid4().hex}", **options)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -19,6 +28,7 @@ def pytest_runtest_setup(item):
     with pytest.MonkeyPatch.context() as patch:  # the notebook's kernel starts here, and inherits this
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("TRANSFORMERS_OFFLINE", "1")
+        patch.setattr("nbval.kernel.KernelManager", kernel_on_files)
         return (yield)
 
 

@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count
 from pathlib import Path
+from tempfile import gettempdir
+from uuid import uuid4
 
 import nbformat
 from jupyter_client import AsyncKernelManager
@@ -86,6 +88,13 @@ def normalise(notebook) -> None:
 # ---- execute -------------------------------------------------------------------------
 
 
+class KernelOnFiles(AsyncKernelManager):
+    """A kernel reached through files: a TCP port, free when drawn, may be taken when the kernel binds it."""
+
+    def __init__(self, **options):
+        super().__init__(transport="ipc", ip=f"{gettempdir()}/kernel-{uuid4().hex}", **options)
+
+
 def execute(path: Path, *, timeout: int = TIMEOUT) -> None:
     """Run a notebook in a clean, offline kernel, in its own folder, and save it with its outputs.
 
@@ -95,7 +104,7 @@ def execute(path: Path, *, timeout: int = TIMEOUT) -> None:
     notebook = nbformat.read(path, as_version=4)
     # Without kernel folders to search, "python3" can only be the running interpreter.
     specs = KernelSpecManager(kernel_dirs=[])
-    kernel = AsyncKernelManager(kernel_spec_manager=specs, kernel_name="python3")
+    kernel = KernelOnFiles(kernel_spec_manager=specs, kernel_name="python3")
     client = NotebookClient(
         notebook,
         km=kernel,

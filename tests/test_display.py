@@ -277,6 +277,8 @@ for step in (1, 2, 3):
 
 def test_a_notebook_keeps_one_clean_line():
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    from notebooks import KernelOnFiles
+
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
     updates = []
 
@@ -286,7 +288,8 @@ def test_a_notebook_keeps_one_clean_line():
                 updates.append(message["content"]["data"]["text/plain"])
             return super().process_message(message, cell, cell_index)
 
-    Client(notebook, timeout=120, coalesce_streams=True, record_timing=False).execute()
+    options = dict(timeout=120, coalesce_streams=True, record_timing=False)
+    Client(notebook, kernel_manager_class=KernelOnFiles, **options).execute()
     (output,) = notebook.cells[0].outputs
     assert output.output_type == "display_data"
     assert output.data == {"text/plain": "3/3 iterations  reward 3.0  KL 0.5"} and output.metadata == {}

@@ -15,6 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 import notebooks
 
 CONFTEST = Path(__file__).resolve().parents[1] / "notebooks" / "conftest.py"
+TRANSPORT = "import json\nimport ipykernel\nprint(json.load(open(ipykernel.get_connection_file()))['transport'])"
 PRELUDE, CHECKED, PICTURE, RAISING, TEXT = 9, 10, 11, 12, 13  # indices in `lesson()`
 
 
@@ -447,6 +448,7 @@ def test_execute_saves_what_the_guard_accepts(tmp_path, monkeypatch, capsys):
         "for name in os.environ['NAMES'].split():\n    print(name, os.environ[name])",
         "print('one stream', end=' ', flush=True)\nprint('of text')",
         "Path('pid').write_text(str(os.getpid()))\nprint('written')",
+        TRANSPORT,
         "1 / 0",
     )
     nb.cells[-1].metadata = {"tags": ["raises-exception", "nbval-check-output"], "collapsed": True}
@@ -464,7 +466,8 @@ def test_execute_saves_what_the_guard_accepts(tmp_path, monkeypatch, capsys):
         "MPLBACKEND module://matplotlib_inline.backend_inline",
     ]
     assert [o.text for o in outputs[3]] == ["one stream of text\n"]
-    assert outputs[5][0].ename == "ZeroDivisionError"
+    assert outputs[5][0].text == "ipc\n"
+    assert outputs[6][0].ename == "ZeroDivisionError"
 
     with pytest.raises(ProcessLookupError):  # the kernel has ended
         os.kill(int((tmp_path / "pid").read_text()), 0)
@@ -515,6 +518,7 @@ NBVAL = {
             [stream("1 1\n")],
         ),
     ),
+    "on files": executed((TRANSPORT, ["nbval-check-output"], [stream("ipc\n")])),
     "failing": executed(
         ("x = 1", [], []),
         ("raise ValueError('second cell')", [], []),
@@ -572,6 +576,10 @@ def test_nbval_passes_a_right_notebook(nbval):
 
 def test_nbval_runs_a_notebook_offline_and_leaves_other_tests_alone(nbval):
     assert outcomes(nbval, "offline") == outcomes(nbval, "test_beside") == ["passed"]
+
+
+def test_nbval_asks_for_no_port(nbval):
+    assert outcomes(nbval, "on files") == ["passed"]
 
 
 def test_nbval_stops_at_the_first_failing_cell(nbval):

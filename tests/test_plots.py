@@ -19,6 +19,7 @@ from matplotlib.colors import same_color, to_rgb
 from matplotlib.figure import Figure
 from nbclient import NotebookClient
 
+from notebooks import KernelOnFiles
 from rlhf_lessons import plots
 from rlhf_lessons.gridworld import GridWorld
 from rlhf_lessons.plots.style import (
@@ -606,7 +607,8 @@ def test_a_notebook_keeps_what_a_figure_shows_beside_it():
     )
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     with warnings.catch_warnings(action="ignore"):
-        NotebookClient(nbformat.v4.new_notebook(cells=[cell])).execute(env=environment)
+        notebook = nbformat.v4.new_notebook(cells=[cell])
+        NotebookClient(notebook, kernel_manager_class=KernelOnFiles).execute(env=environment)
     (output,) = cell.outputs  # one picture, not two
     assert "image/png" in output.data
     assert output.metadata["image/png"]["alt"] == "a line that rises"

@@ -1,7 +1,6 @@
 """Several processes that share a batch: the library's trainers, started over gloo as `torchrun` starts them."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,10 +26,8 @@ pytestmark = pytest.mark.skipif(
 
 def starting(count, *words, **environment):
     """A launcher of so many processes of a script or module: what `subprocess` is to start, and how."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", port]
+    # Standalone: the launcher keeps the port that it draws.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return dict(args=[*launch, *map(str, words)], env=environment, text=True)
 
