@@ -101,9 +101,10 @@ MOVED := --clear
 endif
 endif
 
+# Nothing is compiled ahead: most of what is installed is never imported.
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv $(MOVED) .venv
-	$(PY) -m pip install -r requirements.txt
+	$(PY) -m pip install --no-compile -r requirements.txt
 	@echo "$(CURDIR)" > $(READY)

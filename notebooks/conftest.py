@@ -5,6 +5,7 @@ a failure too, whose errors bury the first one; and it notices a dead kernel onl
 outlasts the cell for which it is changed, and no test elsewhere sees it.
 """
 
+import os
 from math import ceil
 from queue import Empty
 from tempfile import TemporaryDirectory
@@ -28,7 +29,8 @@ def pytest_runtest_setup(item):
     with pytest.MonkeyPatch.context() as patch:  # the notebook's kernel starts here, and inherits this
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("TRANSFORMERS_OFFLINE", "1")
-        patch.setattr("nbval.kernel.KernelManager", kernel_on_files)
+        if os.name == "posix":
+            patch.setattr("nbval.kernel.KernelManager", kernel_on_files)
         return (yield)
 
 

@@ -517,8 +517,8 @@ NBVAL = {
             ["nbval-check-output"],
             [stream("1 1\n")],
         ),
+        (TRANSPORT, ["nbval-check-output"], [stream("ipc\n")]),
     ),
-    "on files": executed((TRANSPORT, ["nbval-check-output"], [stream("ipc\n")])),
     "failing": executed(
         ("x = 1", [], []),
         ("raise ValueError('second cell')", [], []),
@@ -574,12 +574,9 @@ def test_nbval_passes_a_right_notebook(nbval):
     assert outcomes(nbval, "right") == ["passed", "passed"]
 
 
-def test_nbval_runs_a_notebook_offline_and_leaves_other_tests_alone(nbval):
-    assert outcomes(nbval, "offline") == outcomes(nbval, "test_beside") == ["passed"]
-
-
-def test_nbval_asks_for_no_port(nbval):
-    assert outcomes(nbval, "on files") == ["passed"]
+def test_nbval_runs_a_notebook_offline_and_without_a_port_and_leaves_other_tests_alone(nbval):
+    assert outcomes(nbval, "offline") == ["passed", "passed"]
+    assert outcomes(nbval, "test_beside") == ["passed"]
 
 
 def test_nbval_stops_at_the_first_failing_cell(nbval):
