@@ -794,10 +794,13 @@ def test_every_method_leaves_the_same_folder(options, iterations, measured, run,
 
 
 ADAPTER = ["--lora-rank", "2", "--gradient-checkpointing", "--weights", "bf16"]
+GIVEN = ["--reward-model", str(ASSETS / "reward_model")]
 
 
-@pytest.mark.parametrize("options", [FAST, [*FAST, "--method", "rloo", "--samples-per-prompt", "4"],
-                                     [*FAST, *GROUPS], [*LOOK, *DPO]], ids=["ppo", "rloo", "grpo", "dpo"])  # fmt: skip
+@pytest.mark.parametrize("options", [[*FAST, *TINY_PAIRS],  # a reward model on the adapter's trunk, too
+                                     [*FAST, *GIVEN, "--method", "rloo", "--samples-per-prompt", "4"],
+                                     [*FAST, *GIVEN, *GROUPS], [*LOOK, *TINY_PAIRS, *DPO]],
+                         ids=["ppo", "rloo", "grpo", "dpo"])  # fmt: skip
 def test_every_method_trains_an_adapter_of_which_no_second_model_is_made(options, run, monkeypatch, tmp_path):
     """Its folder trains on, and is read beside the base by `sample`; before is the model with its adapter off."""
     from rlhf_lessons.app import align
@@ -805,7 +808,7 @@ def test_every_method_trains_an_adapter_of_which_no_second_model_is_made(options
     pytest.importorskip("peft")
     monkeypatch.setattr(align, "copy", SimpleNamespace(deepcopy=None))
     out, again = tmp_path / "out", tmp_path / "again"
-    code, _, error = run("run", *options, *ADAPTER, *TINY_PAIRS, "--out", out)
+    code, _, error = run("run", *options, *ADAPTER, "--out", out)
     assert code == 0, error
     kept = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
     kept |= set() if "--method" in options else {"value_head.safetensors"}
@@ -819,11 +822,9 @@ def test_every_method_trains_an_adapter_of_which_no_second_model_is_made(options
     assert samples.count("| before |") == samples.count("| after |") == 8
     code, table, error = run("sample", "--policy", out / "policy", "--count", "2")
     assert code == 0 and table.count("| after |") == 2, error
-    code, _, error = run("run", *options, *TINY_PAIRS, "--model", out / "policy", "--out", again)
+    code, _, error = run("run", *options, "--model", out / "policy", "--out", again)
     assert code == 0 and (again / "policy" / "adapter_model.safetensors").exists(), error
-    code, _, error = run(
-        "run", *options, *TINY_PAIRS, "--lora-rank", 2, "--model", out / "policy", "--out", again / "x"
-    )
+    code, _, error = run("run", *options, "--lora-rank", 2, "--model", out / "policy", "--out", again / "x")
     assert code == 2 and "lora_rank must be 0 for a model that has an adapter" in error
 
 

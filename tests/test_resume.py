@@ -103,15 +103,19 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_was_stopped_ends_as_if_it_had_not(stage, place, in_peace, tmp_path, capsys):
-    owner, name, calls = STAGES[stage]
-    with interrupted(owner, name, calls=calls):
-        assert commands.main(words(place, tmp_path / "out")) == 130
-    assert left_half_written(tmp_path / "out") == []
-    assert f"run --resume {tmp_path / 'out'} goes on" in capsys.readouterr().err or stage.startswith("before")
-    assert commands.main(["run", "--resume", str(tmp_path / "out")]) == 0
-    found = contents(tmp_path / "out")
+@pytest.mark.parametrize("stages", [[*STAGES], *(pytest.param([stage], marks=pytest.mark.slow) for stage in STAGES)])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not(stages, place, in_peace, tmp_path, capsys):
+    """In every stage in turn; and, slow, in each alone."""
+    command, out, done = words(place, tmp_path / "out"), tmp_path / "out", 0
+    for stage in stages:
+        owner, name, calls = STAGES[stage]
+        with interrupted(owner, name, calls=calls - done if name == "add" else calls):
+            assert commands.main(command) == 130
+        assert left_half_written(out) == []
+        assert f"run --resume {out} goes on" in capsys.readouterr().err or stage.startswith("before")
+        command, done = ["run", "--resume", str(out)], calls if name == "add" else 0
+    assert commands.main(command) == 0
+    found = contents(out)
     assert [name for name in {**in_peace, **found} if in_peace.get(name) != found.get(name)] == []
 
 
