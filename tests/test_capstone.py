@@ -119,6 +119,7 @@ CREDIT_MISTAKES = {
                        (LAST, LAST + " * (mask.sum(1) < mask.shape[1])")],
     "whitened advantages were added": [("    returns = advantages + values\n", ""),
                                        ("return rewards", "returns = advantages + values\n    return rewards")],
+    "in another order": [("return rewards, advantages, returns", "return rewards, returns, advantages")],
     "these are the advantages": [("returns = advantages + values", "returns = advantages")],
     "V is subtracted once more": [("returns = advantages + values", "returns = advantages - values")],
     "plain sum": [(CARRY, "config.gamma * ahead")],
@@ -155,6 +156,7 @@ RATIO = "torch.exp(torch.where(mask, log_probs - batch.log_probs, 0))"
 PARTS = "torch.max(-ratio * batch.advantages, -clipped * batch.advantages)"
 AGAIN = "a = torch.where(mask, batch.advantages - batch.advantages[mask].mean(), 0) / batch.advantages[mask].std("
 LOSS_MISTAKES = {
+    "in another order": [("return policy_loss, value_loss, loss", "return loss, policy_loss, value_loss")],
     "Â has the wrong sign": [(POLICY, "torch.max(ratio * batch.advantages, clipped * batch.advantages)[mask].mean()")],
     "what is to be maximised": [(POLICY, "-" + POLICY)],
     "policy_loss: min where max": [("torch.max(-ratio", "torch.min(-ratio")],

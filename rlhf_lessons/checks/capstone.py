@@ -8,6 +8,7 @@ written into the code instead of being read from `config` shows.
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -117,6 +118,14 @@ def compare(stage: str, answer: Tensor, right: Tensor, known: tuple[Known, ...])
         f"{stage} is the first stage that differs from the trainer's{where}: yours is {got:.4f}, the trainer's "
         f"{wanted:.4f}. No known mistake gives these numbers."
     )
+
+
+def refuse_another_order(answers: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+    """Raise a hint where the results are the right ones, each in another's place."""
+    for order in itertools.permutations(right):
+        pairs = [(answers[place], right[name]) for place, name in zip(right, order, strict=True)]
+        if order != tuple(right) and all(x.shape == y.shape and close(x.detach(), y) for x, y in pairs):
+            raise Hint(f"All are right, in another order: what is wanted is {', '.join(right)}.")
 
 
 def called(name: str, function: object, *arguments: object) -> object:
@@ -280,13 +289,12 @@ def my_credit(function: Callable) -> None:
     if answers is None:
         return
     refuse_changes(facts, b.facts)
-    mask = b.facts.response_mask
+    mask, right = b.facts.response_mask, {name: getattr(b.batch, name) for name in names}
+    # Padding is nobody's affair: no mean counts it.
+    answers = {name: torch.where(mask, x, 0) if x.shape == mask.shape else x for name, x in answers.items()}
+    refuse_another_order(answers, right)
     for stage, known in CREDIT.items():
-        right = getattr(b.batch, stage)
-        answer = answers[stage].detach()
-        if answer.shape == right.shape:
-            answer = torch.where(mask, answer, 0)  # padding is nobody's affair: no mean counts it
-        compare(stage, answer, right, tuple(known(b)))
+        compare(stage, answers[stage], right[stage], tuple(known(b)))
     report("my_credit", CORRECT)
 
 
@@ -479,6 +487,7 @@ def my_losses(function: Callable) -> None:
         "value_loss": tuple(wrong_value_losses(batch, x, CONFIG)),
         "loss": tuple(wrong_wholes(right, batch, x, CONFIG)),
     }
+    refuse_another_order(answers, {name: right[name] for name in names})
     for stage in names:
         compare(stage, answers[stage], right[stage], tables[stage])
     compare_gradients(answers["loss"], policy, gradient)

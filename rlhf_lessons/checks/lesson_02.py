@@ -30,6 +30,11 @@ def bradley_terry_cases() -> list[Case]:
     ]
 
 
+CLAMPED = (
+    "Ordinary scores are right, scores hundreds apart are not: a clamp{} has cut them off, and with them the gradient "
+    "of the pairs that are most wrong. F.logsigmoid is stable as it is."
+)
+
 bradley_terry_loss = Check(
     name="bradley_terry_loss",
     reference=preferences.bradley_terry_loss,
@@ -101,6 +106,27 @@ bradley_terry_loss = Check(
             "Ordinary scores are right, scores hundreds apart are not: sigmoid rounds to 0 there (1 + e^(−margin) "
             "overflows), and the loss is ∞. F.logsigmoid takes both steps in one and stays finite.",
         ),
+        *(
+            Wrong(
+                f"the probability held above {least:g}",
+                lambda chosen, rejected, least=least: -torch.sigmoid(chosen - rejected).clamp(min=least).log().mean(),
+                CLAMPED.format(f" of the probability at {least:g}"),
+            )
+            for least in (1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-20, 1e-30)
+        ),
+        *(
+            Wrong(
+                f"the margin held within ±{most}",
+                lambda chosen, rejected, most=most: -F.logsigmoid((chosen - rejected).clamp(-most, most)).mean(),
+                CLAMPED.format(f" of the margin at ±{most}"),
+            )
+            for most in (10, 20, 30, 50, 80)
+        ),
+        Wrong(
+            "binary cross-entropy",
+            lambda chosen, rejected: F.binary_cross_entropy(torch.sigmoid(chosen - rejected), torch.ones_like(chosen)),
+            CLAMPED.format(" inside F.binary_cross_entropy"),
+        ),
         Wrong(
             "every chosen with every rejected",
             lambda c, r: -F.logsigmoid(c[:, None] - r[None, :]).mean(),
@@ -129,12 +155,6 @@ bradley_terry_loss = Check(
             lambda c, r: (1 - torch.sigmoid(c - r)).square().mean(),
             "This is the squared error of the probability (the Brier score). Its gradient vanishes where the model is "
             "most wrong; −log σ does not.",
-        ),
-        Wrong(
-            "clamped",
-            lambda c, r: -F.logsigmoid((c - r).clamp(-10, 10)).mean(),
-            "Ordinary scores are right, scores hundreds apart are not: a clamp has cut them off, and with them the "
-            "gradient of the pairs that are most wrong. F.logsigmoid is stable as it is.",
         ),
         Wrong(
             "softmax twice",

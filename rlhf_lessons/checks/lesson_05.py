@@ -85,6 +85,22 @@ def averaged(
     return (1 - lam) * result, returns - lam * result
 
 
+def mixed(weight: Callable[[int, float], float]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A sum of the n-step advantages with weights w(n, λ) that do not add up to 1."""
+
+    def wrong_gae(rewards, values, mask=None, *, gamma, lam):
+        delta, result = advantages.td_residuals(rewards, values, mask, gamma=gamma), torch.zeros_like(values)
+        mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+        for t in range(delta.shape[1]):
+            n_step = torch.zeros_like(delta[:, 0])
+            for n in range(1, delta.shape[1] - t + 1):
+                n_step = n_step + gamma ** (n - 1) * delta[:, t + n - 1]
+                result[:, t] += torch.where(mask[:, t + n - 1], weight(n, lam) * n_step, 0)
+        return result, torch.where(mask, result + values, 0)
+
+    return wrong_gae
+
+
 def forwards(
     rewards: Tensor, values: Tensor, mask: Tensor | None = None, *, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
@@ -166,6 +182,18 @@ gae = Check(
             averaged,
             "λ = 0 is right, and elsewhere everything is smaller by 1 − λ. That factor belongs to the average of "
             "n-step advantages; written with δ it has cancelled: Σ (γλ)^k δ_{t+k}.",
+        ),
+        *(
+            Wrong(
+                name,
+                mixed(weight),
+                f"Your n-step advantages have the weights {name}, which add up to {total}. Each has (1 − λ)λ^(n−1), "
+                "and the last, which runs to the end, takes what is left, λ^(N−1).",
+            )
+            for name, weight, total in (
+                ("λ^(n−1)", lambda n, lam: lam ** (n - 1), "more than 1"),
+                ("(1 − λ)λ^(n−1)", lambda n, lam: (1 - lam) * lam ** (n - 1), "less than 1 where a text ends"),
+            )
         ),
         Wrong(
             "V(s_t) not subtracted",

@@ -180,8 +180,19 @@ clipped_policy_loss = Check(
             lambda new, old, adv, mask=None, *, clip_eps: misread(
                 choose=lambda whole, clipped: clipped, clip=lambda rho, eps: torch.min(rho, rho.clamp(1 - eps, 1 + eps))
             )(new, old, adv, mask, clip_eps=clip_eps),
-            "Â > 0 is right, Â < 0 is not: you take the smaller ratio and then multiply. A negative Â turns the order "
-            "round; the min is of the two products.",
+            "Â > 0 is right, Â < 0 is not: above 1 + ε your loss is flat. A negative Â turns the order round, so the "
+            "smaller ratio gives the larger product; the min is of the two products, whatever the sign of Â.",
+        ),
+        Wrong(
+            "clipped on both sides where Â < 0",
+            misread(choose=lambda whole, clipped: torch.where(whole > 0, torch.min(whole, clipped), clipped)),
+            "Â > 0 is right, Â < 0 is not: above 1 + ε you clip there, too. A bad token that became likelier is to "
+            "come back: ρÂ is the smaller of the two products, and it counts.",
+        ),
+        Wrong(
+            "a ratio of logarithms",
+            misread(ratio=lambda new, old: new / old),
+            "You divide one logarithm by the other. The ratio is of probabilities: exp(log_probs − old_log_probs).",
         ),
         Wrong(
             "divided by the number of rows",

@@ -140,8 +140,8 @@ sampled_kl = Check(
         Wrong(
             "k3 of the probabilities",
             kinds(k3=lambda d: (-d).exp() * -d - (-d).exp() + 1),
-            "k1 and k2 are right, k3 is not: r log r − r + 1 belongs to samples of the reference. Yours come from the "
-            "policy.",
+            "k1 and k2 are right, k3 is not: with r = π_ref/π the mean of r log r − r + 1 under the policy is "
+            "KL(π_ref‖π), the other direction. k3 is r − 1 − log r.",
         ),
         Wrong(
             "the reference alone",
