@@ -40,14 +40,14 @@ def run_stage(arguments: argparse.Namespace) -> None:
     described = pipeline.describe(found, settings, arguments)
     if going_on:
         resume.check_unchanged(arguments.begun, described)
-    else:
-        folder.write_config(described, arguments.words)
     followed = tracked({*(getattr(arguments, "log_with", None) or ())}, folder.path, device=settings.method.device)
     made = folder.path
     try:
         with contextlib.ExitStack() as held:
             if folder.first:
                 held.enter_context(folder.in_use())
+                if not going_on:
+                    folder.write_config(described, arguments.words)
                 folder.follow = held.enter_context(followed)
             if arguments.command == "pretrain":
                 made = Path(pipeline.pretrain(found, settings, folder).name)

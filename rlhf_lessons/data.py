@@ -61,12 +61,12 @@ def read_preferences(path: str | Path) -> list[Record]:
 
 
 def read_prompts(path: str | Path) -> list[Record]:
-    """One prompt a line, or JSON lines with a field `prompt` where the file's name ends in .json or .jsonl.
+    """One prompt a line, or JSON lines with a field `prompt` where the name ends in .json, .jsonl or .ndjson.
 
     There it is a text, white space and all, or a list of messages; a plain line is read without the white space around
     it. What else a JSON line holds stays beside its prompt, for a score that asks for it.
     """
-    if Path(path).suffix in (".json", ".jsonl"):
+    if Path(path).suffix.lower() in (".json", ".jsonl", ".ndjson"):
         return [json_record(path, number, line, ("prompt",)) for number, line in read_lines(path)]
     return [Record({"prompt": line}, f"{path}, line {number}") for number, line in read_lines(path)]
 
@@ -142,8 +142,19 @@ def is_begun(prompt: Prompt) -> bool:
     return is_chat(prompt) and prompt[-1]["role"] == "assistant"
 
 
+class CutChat(list):
+    """Token ids of a chat whose beginning was cut off."""
+
+
+def opens_a_turn(prompt: Prompt) -> bool:
+    """Whether an answer begins a turn of a chat: the template has set what stands between, and no space is added."""
+    return isinstance(prompt, CutChat) or is_chat(prompt) and not is_begun(prompt)
+
+
 def as_record(prompt: Prompt | Mapping[str, Any]) -> Mapping[str, Any]:
     """A prompt as a record: {"prompt": …}, and whatever columns a record already has beside it."""
+    if isinstance(prompt, Mapping) and "prompt" not in prompt:
+        raise ValueError(f'a record must hold a "prompt"; got {sorted(prompt)}')
     return prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
 
 
@@ -193,6 +204,8 @@ def encode_prompts(
     Raises ValueError, naming its place, for a prompt that leaves a response no room in the context, or that cannot be
     read; and for no prompts.
     """
+    if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
+        raise ValueError(f"prompts must be a list; got {type(prompts).__name__}")
     if not prompts:
         raise ValueError("prompts must hold at least one prompt; got none")
     encoded = []
@@ -217,7 +230,7 @@ def encode_response(
     out; not so what was `sampled`, which is read as it stands. ended: False for what was cut off, which has no EOS.
     """
     before = prompt_text(tokenizer, prompt)
-    apart = is_chat(prompt) and not is_begun(prompt) or before[-1:].isspace() or response[:1].isspace()
+    apart = opens_a_turn(prompt) or before[-1:].isspace() or response[:1].isspace()
     if before and response and not (sampled or apart):
         response = " " + response
     ids = continuation(tokenizer, before, response)
@@ -296,7 +309,8 @@ def fitting_pairs(
         if len(prompt) <= room:
             kept.append(pair)
         elif long == "cut" and room > 1:
-            kept.append(Record({**pair, "prompt": prompt[:1] + prompt[1 - room :]}, getattr(pair, "place", "")))
+            whose = CutChat if opens_a_turn(pair["prompt"]) else list
+            kept.append(Record({**pair, "prompt": whose(prompt[:1] + prompt[1 - room :])}, getattr(pair, "place", "")))
     if not kept:
         raise ValueError(f"preferences must hold a pair that fits the model's context of {context}; got none")
     return kept

@@ -137,8 +137,10 @@ def sample_responses(
     that ends a response, or several; uniforms: numbers to draw by (B, max_new_tokens), else `draw_uniforms` of
     `generator`. The model is read in evaluation mode (`Reader`), and rows that have ended are read no more. No top-k or
     top-p: the log-probabilities are those of the distribution that was sampled from. Raises ValueError when a row's
-    last prompt position is padding.
+    last prompt position is padding, or for a temperature or a length that is not above 0.
     """
+    if not (temperature > 0 and max_new_tokens >= 1):
+        raise ValueError(f"temperature and max_new_tokens must be above 0; got {temperature} and {max_new_tokens}")
     if attention_mask.device.type == "cpu" and not attention_mask[:, -1].all():
         raise ValueError("attention_mask must end in a real token in every row: pad prompts on the left; got padding")
     batch = len(input_ids)

@@ -117,6 +117,8 @@ class Trainer:
         if isinstance(self.scorer, ModelScorer):
             self.scorer.model.to(self.device)
         optimizer = optimizer or self.default_optimizer(policy)
+        if not {*policy.parameters()} & {p for group in optimizer.param_groups for p in group["params"]}:
+            raise ValueError("optimizer must hold the policy's parameters; got another model's")
         self.scheduler = scheduler or self.default_scheduler(optimizer)
         self.model, self.optimizer = self.accelerator.prepare(without_dropout(policy).train(), optimizer)
         self.policy = self.accelerator.unwrap_model(self.model)

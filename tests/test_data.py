@@ -244,6 +244,23 @@ def test_prompts_may_be_token_ids(tokenizer):
             encode_prompts(tokenizer, [wrong], max_new_tokens=1, context=9)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("film", "prompts must be a list; got str"),
+        ((text for text in ("film",)), "prompts must be a list; got generator"),
+        ([{"text": "film"}], r"""prompt 1: a record must hold a "prompt"; got \['text'\]"""),
+        (
+            [{"role": "user", "content": "film"}],
+            r"""prompt 1: a record must hold a "prompt"; got \['content', 'role'\]""",
+        ),
+    ],
+)
+def test_what_is_no_list_of_prompts_is_refused(prompts, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        encode_prompts(tokenizer, prompts, max_new_tokens=1, context=9)
+
+
 # --- Pairs that are too long ------------------------------------------------------------------------------------------
 
 LENGTHY = {"prompt": "film " * 9 + "good", "chosen": "good", "rejected": "bad bad"}  # 11 + 3 tokens
@@ -265,6 +282,16 @@ def test_long_pairs_are_refused_left_out_or_cut(tokenizer):
             fitting_pairs(tokenizer, pairs, context=2, long=long)
     with pytest.raises(ValueError, match="long must be one of refuse, drop, cut; got 'keep'"):
         fitting_pairs(tokenizer, pairs, context=8, long="keep")
+
+
+def test_an_answer_to_a_chat_that_was_cut_has_the_tokens_that_it_had(trained):
+    tokenizer = copy.deepcopy(trained)
+    tokenizer.chat_template = "{{ messages[0].content }}:"  # no white space before the answer
+    pair = {"prompt": turns("plot " * 9 + "plot"), "chosen": "good", "rejected": "good plot"}
+    whole = {side: encode_response(tokenizer, pair["prompt"], pair[side]) for side in ("chosen", "rejected")}
+    (cut,) = fitting_pairs(tokenizer, [pair], context=10, long="cut")
+    assert isinstance(cut["prompt"], list) and len(cut["prompt"]) == 10 - len(whole["rejected"])
+    assert {side: encode_response(tokenizer, cut["prompt"], cut[side]) for side in whole} == whole
 
 
 # --- Nothing at all ---------------------------------------------------------------------------------------------------

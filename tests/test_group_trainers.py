@@ -204,6 +204,8 @@ def test_optimiser_and_schedule_can_be_given():
     arguments = (config, policy, tiny_lm(seed=1), count_good, PROMPTS, word_tokenizer())
     history = RLOOTrainer(*arguments, optimizer=optimizer, scheduler=scheduler).train()
     assert [metrics["learning_rate"] for metrics in history] == [0.5, 0.25, 0.125, 0.0625]
+    with pytest.raises(ValueError, match="optimizer must hold the policy's parameters; got another model's"):
+        RLOOTrainer(*arguments, optimizer=torch.optim.SGD(tiny_lm(seed=5).parameters(), lr=0.1))
     with pytest.raises(ValueError, match="scheduler must come with the optimizer that it steers"):
         RLOOTrainer(*arguments, scheduler=scheduler)
 

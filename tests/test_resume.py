@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from survive import begin, contents, left_half_written, survive, write_inputs
@@ -16,7 +17,8 @@ from survive import begin, contents, left_half_written, survive, write_inputs
 from rlhf_lessons import __main__ as commands
 from rlhf_lessons import fitting
 from rlhf_lessons.app import align
-from rlhf_lessons.app.resume import Stage
+from rlhf_lessons.app.inputs import FILES, import_score
+from rlhf_lessons.app.resume import Stage, digest, digests
 from rlhf_lessons.app.run_folder import RunFolder, read_metrics
 
 pytestmark = pytest.mark.usefixtures("small_world")
@@ -156,6 +158,7 @@ def test_a_second_interruption_does_not_wait(place, in_peace, tmp_path):
         (["--kl-coef", "0.3"], r"give --kl-coef as the run began \(None\), or not at all, with --resume; got 0.3"),
         (["--num-iterations", "9"], r"give --num-iterations as the run began \(6\), or not at all, .* got 9"),
         (["--method", "grpo"], r"give --method as the run began \(ppo\), or not at all"),
+        (["--out", "elsewhere"], r"give --out as the run began \(.*stopped\), or not at all, .* got elsewhere"),
     ],
 )
 def test_other_settings_are_refused(more, message, stopped, capsys):
@@ -166,7 +169,8 @@ def test_other_settings_are_refused(more, message, stopped, capsys):
 
 
 def test_the_runs_own_settings_may_be_said_again(stopped, in_peace):
-    assert commands.main(["run", "--resume", str(stopped), "--num-iterations", "6", "--method", "ppo"]) == 0
+    again = ["--num-iterations", "6", "--method", "ppo", "--out", str(stopped)]
+    assert commands.main(["run", "--resume", str(stopped), *again]) == 0
 
 
 def refused(arguments, message, capsys):
@@ -209,6 +213,20 @@ def test_changed_models_and_scores_are_refused(make_lm, tokenizer, tmp_path, mon
     (tmp_path / "resumed_scores.py").write_text(source)
     make_lm(seed=1).save_pretrained(tmp_path / "lm")
     refused(["run", "--resume", "out"], "model must be what the run began with; lm has changed", capsys)
+
+
+def test_a_score_may_be_any_callable(tmp_path, monkeypatch):
+    """Its file is what a continued run compares: that of its class, or of what a partial calls."""
+    (tmp_path / "called.py").write_text(
+        "import functools\nclass Good:\n"
+        "    def __call__(self, prompts, responses):\n        return [0.0] * len(prompts)\n"
+        "def of(value, prompts, responses):\n    return [value] * len(prompts)\n"
+        "good, part = Good(), functools.partial(of, 1.0)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("good", "part", "of"):
+        given = dict.fromkeys([*FILES, "model", "reward_model"]) | {"score": import_score(f"called:{name}")}
+        assert digests(SimpleNamespace(**given)) == {"score": digest(tmp_path / "called.py")}
 
 
 def test_a_finished_run_a_strange_folder_and_none_are_refused(place, in_peace, tmp_path, capsys):

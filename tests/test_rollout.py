@@ -411,6 +411,13 @@ def test_right_padded_prompts_are_refused(make_lm):
         sample_responses(make_lm(), tokens, mask, max_new_tokens=2, **IDS)
 
 
+@pytest.mark.parametrize("wrong", [{"temperature": 0}, {"temperature": -1.0}, {"temperature": math.nan},
+                                   {"max_new_tokens": 0}, {"max_new_tokens": -2}])  # fmt: skip
+def test_what_nothing_can_be_drawn_with_is_refused(wrong, make_lm, queries):
+    with pytest.raises(ValueError, match="temperature and max_new_tokens must be above 0; got .* and "):
+        sample_responses(make_lm(), *queries, **({"max_new_tokens": 2} | wrong), **IDS)
+
+
 def test_float64_models_sample_in_float64(make_lm, queries):
     lm = make_lm().double()
     responses = sample_responses(lm, *queries, max_new_tokens=5, temperature=0.8, **IDS, generator=generator())

@@ -50,6 +50,28 @@ def test_a_folder_that_holds_anything_is_refused(tmp_path):
         RunFolder(tmp_path / "runs" / "new")
 
 
+def test_of_two_runs_begun_at_once_the_later_one_leaves_the_folder_as_it_was(tmp_path):
+    """Both were begun while it was empty; the one has ended, or has stopped after its first checkpoint."""
+    first, second, third = (RunFolder(tmp_path) for _ in range(3))
+    with first.in_use():
+        first.write_json("config.json", {"seed": 0})
+        with pytest.raises(ValueError, match="another process is at work in this folder"), second.in_use():
+            pass
+        first.write_text("metrics.jsonl", "")
+    before = names(tmp_path)
+    assert before == ["config.json", "metrics.jsonl"]
+    with pytest.raises(ValueError, match="another process has been at work in this folder"), second.in_use():
+        pass
+    assert names(tmp_path) == before
+    first.state.parent.mkdir()
+    first.state.write_text("kept")
+    with pytest.raises(ValueError, match="another process has been at work in this folder"), third.in_use():
+        pass
+    assert first.state.read_text() == "kept"
+    with RunFolder(tmp_path, new=False).in_use():
+        pass
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("x")])
 def test_what_could_not_be_written_whole_is_not_there(error, tmp_path):
     folder = RunFolder(tmp_path)

@@ -236,7 +236,7 @@ def import_score(name: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)
-    except Exception as error:  # whatever a module of the learner's own may raise
+    except (Exception, SystemExit) as error:  # whatever a module of the learner's own may raise
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"--score must be module:function, importable from here; got {name!r} ({reason})") from error
     if not callable(function):
@@ -246,7 +246,7 @@ def import_score(name: str) -> Callable[..., Any]:
     def score(*arguments: Any, **columns: Any) -> Any:
         try:
             return function(*arguments, **columns)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(error.__traceback__)
             place = ([f for f in frames if f.filename == getattr(module, "__file__", None)] or frames)[-1]
             where = f"{place.filename}, line {place.lineno}"

@@ -84,7 +84,7 @@ def original(arguments: argparse.Namespace, parse: Callable[[list[str]], argpars
     own, unsaid = parse(command), vars(parse(["run"]))
     for name, value in vars(arguments).items():
         kept = getattr(own, name, None)
-        if name not in ("command", "words", "resume", "out") and value not in (unsaid.get(name), kept):
+        if name not in ("command", "words", "resume") and value not in (unsaid.get(name), kept, folder):
             how = f"as the run began ({kept}), or not at all"
             raise ValueError(f"give --{typed(name)} {how}, with --resume; got {value}")
     own.resume, own.out, own.begun, own.threads = folder, folder, config, config.get("threads")
@@ -124,5 +124,7 @@ def digests(inputs: Inputs) -> dict[str, str | None]:
     found = {name: hashlib.sha256(json.dumps(read).encode()).hexdigest() for name, read in texts.items()}
     sources = {name: model.name for name in ("model", "reward_model") if (model := getattr(inputs, name))}
     if inputs.score is not None:
-        sources["score"] = inspect.getsourcefile(inspect.unwrap(inputs.score)) or ""
+        score = inspect.unwrap(inputs.score)
+        score = getattr(score, "func", score)  # of a functools.partial, what it calls
+        sources["score"] = inspect.getsourcefile(score if hasattr(score, "__code__") else type(score)) or ""
     return found | {name: digest(source) for name, source in sources.items()}

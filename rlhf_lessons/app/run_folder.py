@@ -55,7 +55,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, *, new: bool = True, every: int = EVERY) -> None:
-        self.path, self.every, self.follow = Path(path), every, lambda iteration, metrics: None
+        self.path, self.new, self.every, self.follow = Path(path), new, every, lambda iteration, metrics: None
         self.state, self.first = self.path / CHECKPOINT / "state.safetensors", process()[0] == 0
         if not self.first:
             return
@@ -75,12 +75,19 @@ class RunFolder:
         from filelock import FileLock, Timeout
 
         place = self.state.parent
+        ours = not place.exists()
         place.mkdir(exist_ok=True)
         lock = FileLock(place / "lock", timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
             raise ValueError(f"{self.path}: another process is at work in this folder") from error
+        held = {item.name for item in self.path.rglob("*")} - {CHECKPOINT, "lock", "config.json"}
+        if self.new and held:  # begun since it was looked at, before inputs and models were read
+            lock.release()
+            if ours:
+                shutil.rmtree(place)
+            raise ValueError(f"{self.path}: another process has been at work in this folder")
         for partial in [*self.path.glob("*.partial"), *place.glob("*.partial")]:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         ended = False

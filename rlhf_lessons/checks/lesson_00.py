@@ -70,7 +70,7 @@ FOUR_MODELS = (
         "the policy scores itself",
         lambda answers: says("score", "policy")(answers) or says("values", "policy")(answers),
         "A policy gives probabilities of words. Numbers that judge (score) or predict (values) come from other "
-        "models, even where they share its trunk.",
+        "models, even where they share its layers.",
     ),
     Misconception(
         "everything trains",
