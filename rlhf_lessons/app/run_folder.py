@@ -66,6 +66,10 @@ class RunFolder:
             held = ", ".join(held[:5])
             raise ValueError(f"--out must be a new or an empty folder; {self.path} already holds {held}{advice}")
 
+    def made(self) -> set[str]:
+        """Names of what was made here, settings and lock aside."""
+        return {item.name for item in self.path.rglob("*")} - {CHECKPOINT, "lock", "config.json"}
+
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Keep others out of the folder, and its checkpoint/ until the run has ended well or has made nothing.
@@ -82,8 +86,7 @@ class RunFolder:
             lock.acquire()
         except Timeout as error:
             raise ValueError(f"{self.path}: another process is at work in this folder") from error
-        held = {item.name for item in self.path.rglob("*")} - {CHECKPOINT, "lock", "config.json"}
-        if self.new and held:  # begun since it was looked at, before inputs and models were read
+        if self.new and self.made():  # since it was looked at, before inputs and models were read
             lock.release()
             if ours:
                 shutil.rmtree(place)
@@ -95,7 +98,7 @@ class RunFolder:
             yield
             ended = True
         finally:
-            if ended or {item.name for item in self.path.rglob("*")} <= {CHECKPOINT, "lock", "config.json"}:
+            if ended or not self.made():
                 shutil.rmtree(place)
             lock.release()
 
